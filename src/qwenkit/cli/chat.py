@@ -1,0 +1,162 @@
+"""`qwenkit chat`: a conversation at the terminal, or one answer for a prompt that is given or piped in.
+
+In: flags, and standard input where it is no terminal. Out: the answer on stdout; numbers and notices on stderr, or dim under
+each answer of a conversation. The model runs in this process, or behind --url (then torch is never imported).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qwenkit.cli.conversation.screen import Meter, Screen, show_answer
+from qwenkit.cli.conversation.state import NOT_IN_CHAT, Conversation, Piece, Talker
+from qwenkit.cli.options import Verb, dataclass_options, given
+from qwenkit.engine.config import EngineConfig
+from qwenkit.engine.sampling import SamplingParams
+
+DEFAULT_MODEL = "smollm2"
+NOT_A_FLAG = ("seed",)  # --seed is the request's
+
+
+@click.command(
+    cls=Verb,
+    epilog="""\b
+Examples:
+  qwenkit chat
+  qwenkit chat smollm2 "What is the capital of France?" --temperature 0
+  git diff | qwenkit chat Qwen/Qwen3-0.6B "Write a commit message for this."
+  qwenkit chat qwen-plus --url https://dashscope.aliyuncs.com/compatible-mode/v1""",
+)
+@click.argument("model", required=False)
+@click.argument("prompt", required=False)
+@click.option("--system", metavar="TEXT", help="System text; the model's own by default.")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template (base models).")
+@click.option("--url", metavar="URL", help="Talk to an OpenAI-compatible server; MODEL is then its name for a model.")
+@click.option(
+    "--api-key", metavar="KEY", help="Key for --url; else OPENAI_API_KEY, for DashScope's hosts DASHSCOPE_API_KEY."
+)
+@dataclass_options(SamplingParams, "Sampling (the model's own where nothing is said)", exclude=NOT_IN_CHAT)
+@dataclass_options(EngineConfig, "Running the model (without --url)", exclude=NOT_A_FLAG)
+def chat(
+    model: str | None,
+    prompt: str | None,
+    system: str | None,
+    raw: bool,
+    url: str | None,
+    api_key: str | None,
+    **values: Any,
+) -> None:
+    """Talk to MODEL: a folder, a .gguf file, a hub id, or smollm2, the small default model.
+
+    With PROMPT, or with text piped in (it is put after PROMPT when both are given), one answer is written to standard output.
+    Without, a conversation begins; /help in it shows its commands.
+    """
+    settings = given(SamplingParams, values)
+    SamplingParams(**settings)
+    engine = given(EngineConfig, {name: value for name, value in values.items() if name not in NOT_A_FLAG})
+    config = EngineConfig(**engine)
+    _check_flags(model, prompt, system, raw, url, api_key, engine)
+    text = _whole_prompt(prompt)
+    if text is None and raw:
+        raise click.UsageError("--raw continues one text: give PROMPT, or pipe it in.")
+    if text is None and not sys.stdout.isatty():
+        raise click.UsageError("A conversation needs a terminal on standard output; give PROMPT for one answer.")
+    with _talker(model, url, api_key, config) as talker:
+        conversation = Conversation(talker, system, settings)
+        if text is None:
+            _converse(conversation)
+        else:
+            _answer_once(talker.stream(text, conversation.params()) if raw else conversation.ask(text))
+
+
+def _check_flags(
+    model: str | None,
+    prompt: str | None,
+    system: str | None,
+    raw: bool,
+    url: str | None,
+    api_key: str | None,
+    engine: dict[str, Any],
+) -> None:
+    """Combinations that mean nothing are said, not ignored."""
+    if raw and system is not None:
+        raise click.UsageError("--system needs the chat template, --raw goes without: give one of them.")
+    if url is not None and raw:
+        raise click.UsageError("--raw is for models that run here, not for --url.")
+    if url is not None and engine:
+        raise click.UsageError(f"--{next(iter(engine)).replace('_', '-')} is for models that run here, not for --url.")
+    if url is None and api_key is not None:
+        raise click.UsageError("--api-key is for the server of --url.")
+    if model is not None and prompt is None and any(map(str.isspace, model)) and not Path(model).exists():
+        raise click.UsageError(
+            f"{model!r} is taken for MODEL; a PROMPT stands after it: qwenkit chat {DEFAULT_MODEL} …"
+        )
+
+
+@contextmanager
+def _talker(model: str | None, url: str | None, api_key: str | None, config: EngineConfig) -> Iterator[Talker]:
+    if url is not None:
+        from qwenkit.cli.conversation.remote import Remote, find_key
+
+        with closing(Remote(url, model, find_key(url, api_key, os.environ))) as remote:
+            yield remote
+    else:
+        from qwenkit.cli.conversation.local import Local
+        from qwenkit.engine.llm import LLM
+
+        name = model if model is not None else DEFAULT_MODEL
+        yield Local(LLM(name, config, progress=sys.stderr.isatty()), name)
+
+
+def _whole_prompt(prompt: str | None) -> str | None:
+    """PROMPT and what is piped in; None when there is neither and a terminal to talk at."""
+    if not sys.stdin.isatty():
+        piped = _read_stdin()
+        prompt = f"{prompt}\n\n{piped}" if prompt and piped.strip() else prompt or piped
+        if not prompt.strip():
+            raise click.UsageError("There is nothing to answer: standard input is empty, and no PROMPT is given.")
+    if prompt is not None:
+        if not prompt.strip():
+            raise click.UsageError("There is nothing to answer: PROMPT is empty.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError("PROMPT holds bytes that are not UTF-8 text") from None
+    return prompt
+
+
+def _read_stdin() -> str:
+    """Standard input to its end. One that never ends is a riddle, so a slow one is announced."""
+    notice = threading.Timer(2.0, lambda: click.echo("reading standard input …", err=True))
+    notice.daemon = True
+    notice.start()
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text (byte {error.start + 1})") from None
+    finally:
+        notice.cancel()
+
+
+def _answer_once(pieces: Generator[Piece, None, None]) -> None:
+    meter = Meter(asked=time.monotonic())
+    show_answer(pieces, Screen(sys.stdout), meter)
+    numbers = Screen(sys.stderr)
+    if numbers.is_terminal:
+        numbers.line(meter.summary(), dim=True)
+
+
+def _converse(conversation: Conversation) -> None:
+    from qwenkit.cli.conversation.terminal import Terminal, open_history
+    from qwenkit.hub.find import cache_folder
+
+    Terminal(conversation, Screen(sys.stdout), open_history(cache_folder() / "chat_history")).run()

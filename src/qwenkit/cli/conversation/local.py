@@ -1,0 +1,59 @@
+"""A model in this process as something to talk to.
+
+In: an LLM. Out: pieces of its answers. The first Ctrl-C is kept until the engine has finished its step, so that the next
+question meets an engine in order; a second one does not wait.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
+
+from qwenkit.cli.conversation.state import Piece
+from qwenkit.engine.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from qwenkit.engine.llm import LLM
+    from qwenkit.engine.request import Delta
+
+
+class Local:
+    """The LLM behind `qwenkit chat`; a prompt is messages (through the model's template) or plain text."""
+
+    def __init__(self, llm: LLM, name: str) -> None:
+        self.llm = llm
+        self.name = name
+
+    def stream(self, prompt: str | Sequence[Mapping[str, str]], params: SamplingParams) -> Generator[Piece, None, None]:
+        """See Talker. ValueError for a prompt that the template refuses or the context cannot hold."""
+        with _ctrl_c_kept() as pressed:
+            deltas = cast("Generator[Delta, None, None]", self.llm.stream(prompt, params))
+            with closing(deltas):  # closing it takes the request out of the engine
+                for delta in deltas:
+                    yield Piece(delta.text, tokens=len(delta.token_ids), finish_reason=delta.finish_reason)
+                    if pressed:
+                        raise KeyboardInterrupt
+
+    def defaults(self) -> Mapping[str, Any]:
+        return asdict(self.llm.default_params)
+
+
+@contextmanager
+def _ctrl_c_kept() -> Iterator[list[int]]:
+    """While it lasts the first Ctrl-C is only put into the list, and the second one raises."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,66 @@
+"""EngineConfig: what a user may decide about how a model is run. Flags of the command line are generated from it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("auto", "float", "bf16", "int8", "int4")
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with the sentence that its command-line flag shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is run. Raises ValueError naming the field for a value outside its range."""
+
+    dtype: str = option("auto", "arithmetic: auto, float32, bfloat16 or float16 (auto: what the device does well)")
+    weights: str = option("auto", "how weights lie in a CPU's memory: auto, float (as dtype says), bf16, int8 or int4")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... (auto: the first GPU, else the CPU)")
+    max_model_len: int | None = option(
+        None, "longest prompt plus answer, in tokens (default: what model and memory allow)"
+    )
+    kv_memory: str | None = option(None, "memory for keys and values, such as 2GiB (default: a share of what is free)")
+    max_num_seqs: int = option(64, "how many requests run at the same time")
+    max_batch_tokens: int = option(2048, "most tokens in one step; longer prompts are read in chunks")
+    block_size: int = option(16, "tokens in one block of the key/value cache")
+    prefix_cache: bool = option(True, "reuse keys and values of prompts that begin alike")
+    graphs: bool = option(True, "record a decode step once and replay it")
+    seed: int | None = option(None, "seed for requests that name none (default: a new one each start)")
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, allowed are {', '.join(DTYPES)}")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights is {self.weights!r}, allowed are {', '.join(WEIGHTS)}")
+        for name in ("max_num_seqs", "max_batch_tokens", "block_size"):
+            _at_least_one(name, getattr(self, name))
+        if self.max_model_len is not None:
+            _at_least_one("max_model_len", self.max_model_len)
+        if self.kv_memory is not None:
+            parse_bytes(self.kv_memory)
+
+
+def _at_least_one(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}, allowed is a whole number of at least 1")
+
+
+_UNITS = {"": 1, "B": 1} | {
+    unit: factor
+    for power, letter in enumerate("KMGT", start=1)
+    for unit, factor in ((letter, 1024**power), (letter + "IB", 1024**power), (letter + "B", 1000**power))
+}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of `2GiB`, `2G` (both 1024-based), `2GB` (1000-based), `500 MB` or a plain number; ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"kv_memory is {text!r}, allowed is a size such as 512MiB, 2GiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

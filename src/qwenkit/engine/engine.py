@@ -1,0 +1,206 @@
+"""Engine: requests go in with `add`, every `step` computes one batch and tells what it added, `abort` takes a request out.
+
+One step: the scheduler says who runs, the runner computes, the sampler chooses, and here tokens are appended, answers ended and
+blocks given back. It runs in one thread and knows nothing of who waits for the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as AbstractSequence
+
+import numpy as np
+import torch
+
+from qwenkit.engine.blocks import BlockPool
+from qwenkit.engine.config import EngineConfig
+from qwenkit.engine.request import Delta, Sequence
+from qwenkit.engine.runner import Runner
+from qwenkit.engine.sampler import Sampled, describe, sample
+from qwenkit.engine.sampling import SamplingParams
+from qwenkit.engine.scheduler import Row, Scheduler
+from qwenkit.model.rope import ntk_alpha
+from qwenkit.text.stream import Detokenizer, StopStrings
+from qwenkit.text.tokenizer import Tokenizer
+
+LOGIT_ROWS = 256  # rows of a prompt that meet the vocabulary at once when their log-probabilities are asked for
+
+
+class Engine:
+    """`max_model_len` tokens must fit the runner's cache; `eos_ids` end an answer unless a request ignores them."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+        eos_ids: AbstractSequence[int],
+        defaults: SamplingParams,
+    ) -> None:
+        assert runner.block_size == config.block_size
+        assert runner.num_blocks * runner.block_size >= max_model_len
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self.eos_ids = frozenset(eos_ids)
+        self.defaults = defaults
+        self.pool = BlockPool(runner.num_blocks)
+        self.scheduler = Scheduler(config, self.pool)
+        self._seeds = np.random.default_rng(config.seed)
+        self._live: dict[int, list[Sequence]] = {}
+        self._next_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, prompt: AbstractSequence[int], params: SamplingParams | None = None) -> int:
+        """Queue a prompt of token ids; returns the request's id.
+
+        Raises ValueError for an empty prompt, one that leaves no room for an answer, or a token id outside the vocabulary.
+        """
+        params = (params or SamplingParams()).with_defaults(self.defaults)
+        self.check_prompt(prompt)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        request_id = self._next_id
+        self._next_id += 1
+        seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
+        sequences = [self._sequence(request_id, index, prompt, params, seed) for index in range(params.n)]
+        sequences[0].followers = sequences[1:]
+        self._live[request_id] = sequences
+        self.scheduler.add(sequences[0])
+        return request_id
+
+    def check_prompt(self, prompt: AbstractSequence[int]) -> None:
+        """Raise the ValueError that `add` would raise for this prompt."""
+        if not prompt:
+            raise ValueError("prompt is empty, at least one token is needed")
+        if len(prompt) >= self.max_model_len:
+            raise ValueError(
+                f"prompt is {len(prompt)} tokens long, but the context for prompt and answer is {self.max_model_len} tokens"
+            )
+        self._check_ids("prompt", prompt)
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        vocab_size = self.runner.model.config.vocab_size
+        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"{name} has token id {wrong}, allowed are 0 to {vocab_size - 1}")
+
+    def abort(self, request_id: int) -> None:
+        """Take a request out, whatever it is doing; its blocks are free at once. Unknown or finished ids are ignored."""
+        for sequence in self._live.pop(request_id, ()):
+            self.scheduler.remove(sequence)
+
+    def step(self) -> list[Delta]:
+        """Compute one batch and say what it added to each answer."""
+        rows = self.scheduler.schedule()
+        if not rows:
+            return []
+        computed = self.runner.run(rows)
+        if computed.hidden is not None:
+            for row, hidden in zip(rows, computed.hidden.split([row.num_tokens for row in rows]), strict=True):
+                if row.sequence.prompt_logprobs is not None:
+                    self._prompt_logprobs(row, hidden)
+        sampling = [row.sequence for row in rows if row.samples]
+        sampled = sample(computed.logits, sampling) if sampling else []
+        for row in rows:
+            self.scheduler.computed(row)
+        deltas = [self._append(sequence, choice) for sequence, choice in zip(sampling, sampled, strict=True)]
+        if not self.has_work:
+            self.check()
+        return deltas
+
+    def check(self) -> None:
+        """Assert that no block is lost and nothing is remembered that nobody waits for."""
+        self.scheduler.check()
+        if not self.has_work:
+            assert self.pool.num_free == self.pool.num_blocks
+            assert not self._live
+
+    def _sequence(
+        self, request_id: int, index: int, prompt: AbstractSequence[int], params: SamplingParams, seed: int
+    ) -> Sequence:
+        room = self.max_model_len - len(prompt)
+        trained = self.runner.model.config.rope.dynamic_ntk_length
+        wants_prompt = params.prompt_logprobs is not None and index == 0
+        return Sequence(
+            request_id=request_id,
+            index=index,
+            tokens=list(prompt),
+            num_prompt=len(prompt),
+            params=params,
+            seed=seed,
+            max_tokens=min(params.max_tokens or room, room),
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids),
+            detokenizer=Detokenizer(self.tokenizer, skip_special=params.skip_special_tokens),
+            stop_strings=StopStrings(params.stop) if params.stop else None,
+            rope_alpha=None if trained is None else float(ntk_alpha(len(prompt), trained)),
+            prompt_logprobs=[None] if wants_prompt else None,
+        )
+
+    def _prompt_logprobs(self, row: Row, hidden: torch.Tensor) -> None:
+        """Add what the hidden states (num_tokens, hidden_size) of a prompt's chunk say of the token after each."""
+        sequence = row.sequence
+        known = sequence.prompt_logprobs
+        assert known is not None
+        start = sequence.num_computed
+        stop = min(start + row.num_tokens, sequence.num_prompt - 1)
+        begin = max(start, len(known) - 1)  # after a preemption some are known already
+        for first in range(begin, stop, LOGIT_ROWS):
+            places = range(first, min(first + LOGIT_ROWS, stop))
+            logprobs = self.runner.logits(hidden[places.start - start : places.stop - start]).log_softmax(-1)
+            for place, values in zip(places, logprobs, strict=True):
+                known.append(describe(values, sequence.tokens[place + 1], sequence.params.prompt_logprobs or 0))
+
+    def _append(self, sequence: Sequence, choice: Sampled) -> Delta:
+        """Add a sampled token to its answer, and end the answer if it ends here."""
+        first = sequence.num_output == 0
+        token, params = choice.token_id, sequence.params
+        sequence.tokens.append(token)
+        sequence.output_counts[token] += 1
+        finish_reason: str | None = None
+        stop_reason: int | str | None = None
+        text = ""
+        if token in sequence.stop_ids and sequence.num_output > params.min_tokens:
+            finish_reason = "stop"
+            stop_reason = token if token in params.stop_token_ids else None
+        else:
+            text = sequence.detokenizer.push([token])
+            if sequence.num_output >= sequence.max_tokens:
+                finish_reason = "length"
+        if finish_reason is not None:
+            text += sequence.detokenizer.finish()
+        if sequence.stop_strings is not None and sequence.num_output > params.min_tokens:
+            text, matched = sequence.stop_strings.push(text)
+            if matched is not None:
+                finish_reason, stop_reason = "stop", matched
+            elif finish_reason is not None:
+                text += sequence.stop_strings.flush()
+        delta = Delta(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            token_ids=(token,),
+            text=text,
+            logprobs=None if choice.logprob is None else (choice.logprob,),
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs is not None else None,
+            num_cached_tokens=sequence.num_cached,
+        )
+        if first:
+            for follower in sequence.followers:
+                self.scheduler.add(follower)
+        if finish_reason is not None:
+            self._finish(sequence)
+        return delta
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        live = self._live[sequence.request_id]
+        live.remove(sequence)
+        if not live:
+            del self._live[sequence.request_id]

@@ -1,0 +1,116 @@
+"""The nouns that travel through the engine: a sequence of tokens being written, and what the outside gets to see of it.
+
+One request with n answers is n sequences that share their prompt. A `Sequence` is the engine's own, mutable state; `Delta` is
+what a step adds to one answer; `RequestOutput` and `Completion` are the finished result.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from qwenkit.engine.blocks import chain_hash
+from qwenkit.engine.sampling import SamplingParams
+from qwenkit.text.stream import Detokenizer, StopStrings
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of a token under the model's unmodified distribution, with the likeliest tokens at that place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to one answer. `finish_reason` (stop, length or abort) is set on the last one.
+
+    `stop_reason` is the stop string or the stop token id that ended it; `text` never ends in half a character.
+    """
+
+    request_id: int
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished answer. `token_ids` includes the end token, `text` does not."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """All answers to one prompt. `num_cached_tokens` of the prompt were found in the prefix cache."""
+
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.completions[0].text
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer being written.
+
+    `tokens` is prompt and answer; the first `num_computed` of them have keys and values in the blocks of `block_table`.
+    A preempted sequence keeps its tokens and loses its blocks: it is computed again later, and nothing is sampled twice.
+    """
+
+    request_id: int
+    index: int
+    tokens: list[int]
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    stop_ids: frozenset[int]
+    detokenizer: Detokenizer
+    stop_strings: StopStrings | None
+    rope_alpha: float | None = None
+    num_computed: int = 0
+    num_cached: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    output_counts: Counter[int] = field(default_factory=Counter)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    followers: list[Sequence] = field(default_factory=list)  # answers 1 .. n-1, which start when the prompt is computed
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose keys and values are still to be computed; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+    def extend_hashes(self, block_size: int) -> list[bytes]:
+        """Chained hashes of all blocks that the tokens fill. What else decides a key or value is in the chain's first link:
+        for Qwen-1 the rotary stretch.
+        """
+        hashes = self.block_hashes
+        parent = hashes[-1] if hashes else repr(self.rope_alpha).encode()
+        for start in range(len(hashes) * block_size, len(self.tokens) - block_size + 1, block_size):
+            parent = chain_hash(parent, self.tokens[start : start + block_size])
+            hashes.append(parent)
+        return hashes

@@ -1,0 +1,79 @@
+"""Runner: owns the model and the memory of the key/value cache. Rows go in, logits of the rows that sample come out.
+
+A step in which every row decodes is replayed from a recording where that is possible (graphs.py); any other is run as the
+model's code says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qwenkit import ops
+from qwenkit.engine.batch import Batch
+from qwenkit.engine.graphs import DecodeGraphs
+from qwenkit.engine.scheduler import Row
+from qwenkit.model.config import ModelConfig
+from qwenkit.model.qwen import Qwen
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Computed:
+    """logits (N, vocab_size) fp32 of the N rows that sample, in order; they are overwritten by a later step.
+
+    hidden (T, hidden_size) of the whole stream, None where the step was replayed.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None
+
+
+class Runner:
+    """`caches[layer]` is (keys, values), each (num_blocks + 1, block_size, K, D) in the model's dtype; the last block is spare.
+
+    The memory is reserved at once and, on a CPU, becomes resident as blocks are first written.
+    """
+
+    def __init__(
+        self, model: Qwen, *, num_blocks: int, block_size: int, max_model_len: int, graphs: bool = True
+    ) -> None:
+        self.model = model.eval()
+        self.num_blocks, self.block_size = num_blocks, block_size
+        norm = model.model.norm.weight
+        self.device = norm.device
+        config = model.config
+        shape = (num_blocks + 1, block_size, config.num_key_value_heads, config.head_dim)
+        self.caches = [
+            (
+                torch.empty(shape, dtype=norm.dtype, device=self.device),
+                torch.empty(shape, dtype=norm.dtype, device=self.device),
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+        native = ops.native()
+        self.graphs: DecodeGraphs | None = None
+        if graphs and native is not None and self.device.type == "cpu" and norm.dtype == torch.float32:
+            max_blocks = -(-max_model_len // block_size)
+            self.graphs = DecodeGraphs(model, self.caches, max_blocks=max_blocks, native=native)
+
+    @torch.inference_mode()
+    def run(self, rows: list[Row]) -> Computed:
+        """Compute the rows' tokens."""
+        if self.graphs is not None:
+            logits = self.graphs.run(rows)
+            if logits is not None:
+                return Computed(logits, None)
+        batch = Batch.of(rows, self.caches, self.device)
+        hidden = self.model(batch.ids, batch.positions, batch.ctx)
+        return Computed(self.model.logits(hidden[batch.last_rows]), hidden)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (N, hidden_size) -> fp32 logits (N, vocab_size)."""
+        return self.model.logits(hidden)

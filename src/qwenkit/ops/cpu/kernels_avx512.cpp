@@ -1,0 +1,3 @@
+#include "kernels.h"
+
+extern "C" const Kernel* qk_kernels_avx512() { return kernels; }

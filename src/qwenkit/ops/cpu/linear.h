@@ -1,0 +1,242 @@
+// Linear layers: packed weights of 4 or 8 bits times int8 activations, bf16 weights times fp32 activations, and rows of either
+// as embeddings.
+//
+// Layout of packed weights. Rows (output channels) are taken 16 at a time, one row a lane, so that one activation is broadcast
+// to all lanes and weights are read in the order of memory. For every 4 inputs (8 bits) or 8 inputs (4 bits) a block of 16 rows
+// has 64 bytes: lane r holds row r's 4 unsigned values, or its 8 nibbles, of which the low ones are inputs k..k+3 and the high
+// ones k+4..k+7. bf16: for every 2 inputs 64 bytes, lane r holding row r's pair. Rows are padded to a multiple of 32.
+// A weight is scale * (q - zero), zero = 8 or 128, with fp16 scales [block][group][16]; or scale * q + offset with fp16 offsets
+// beside them; or, per channel, row_scale[row] * (q - zero) with fp32 row scales.
+//
+// Quantized activations: int8 q[token][k], and for each group of inputs scale[token][group] and sum[token][group], which is
+// scale * (sum of q), so that zero points cost one multiplication a group.
+#pragma once
+#include "program.h"
+#include "simd.h"
+
+namespace {
+
+struct Packed {
+  const uint8_t* q;
+  const uint16_t* scale;
+  const uint16_t* offset;
+  const float* row_scale;
+  int64_t rows, cols, group;
+};
+
+struct Quantized {
+  const int8_t* q;
+  const float* scale;
+  const float* sum;
+};
+
+// `pairs`: activations 2 t and 2 t + 1 are the coarse and the fine part of token t, and their results are added.
+struct Target {
+  float* y;
+  int64_t stride;
+  const float* bias;
+  bool pairs;
+};
+
+inline void store_rows(const Target& to, int64_t token, int64_t row, int64_t rows, F16 out) {
+  if (row >= rows) return;
+  if (to.bias) out = f_add(out, f_load(to.bias + row));  // bias is padded like the rows
+  float* y = to.y + token * to.stride + row;
+  if (row + 16 <= rows) {
+    f_store(y, out);
+  } else {
+    float tail[16];
+    f_store(tail, out);
+    memcpy(y, tail, (rows - row) * sizeof(float));
+  }
+}
+
+enum Scales { PER_GROUP, PER_GROUP_OFFSET, PER_CHANNEL };
+
+// 32 rows times MT tokens. int32 sums of one group live in registers, fp32 sums of all groups beside them.
+template <int BITS, Scales MODE, int MT>
+inline void packed_tile(const Packed& w, int64_t block, const Quantized& a, int64_t token, const Target& to) {
+  const int64_t groups = w.cols / w.group, group_bytes = w.group * 2 * BITS, block_bytes = w.cols * 2 * BITS;
+  const float zero = BITS == 4 ? 8.0f : 128.0f;
+  F16 total[2][MT];
+  QK_UNROLL
+  for (int t = 0; t < MT; t++) total[0][t] = total[1][t] = f_zero();
+  for (int64_t g = 0; g < groups; g++) {
+    const uint8_t* w0 = w.q + block * block_bytes + g * group_bytes;
+    const uint8_t* w1 = w0 + block_bytes;
+    const int8_t* x = a.q + token * w.cols + g * w.group;
+    I16 sum[2][MT];
+    QK_UNROLL
+    for (int t = 0; t < MT; t++) sum[0][t] = sum[1][t] = i_set1(0);
+    for (int64_t bytes = 0; bytes < group_bytes; bytes += 64, x += 32 / BITS) {
+      const I16 a0 = i_load(w0 + bytes), a1 = i_load(w1 + bytes);
+      if (MT == 1) {
+        __builtin_prefetch(w0 + bytes + 2048);
+        __builtin_prefetch(w1 + bytes + 2048);
+      }
+      const I16 l0 = BITS == 4 ? i_low_nibbles(a0) : a0, l1 = BITS == 4 ? i_low_nibbles(a1) : a1;
+      QK_UNROLL
+      for (int t = 0; t < MT; t++) {
+        const I16 four = i_broadcast(x + t * w.cols);
+        sum[0][t] = i_dot(sum[0][t], l0, four);
+        sum[1][t] = i_dot(sum[1][t], l1, four);
+      }
+      if (BITS == 4) {
+        const I16 h0 = i_high_nibbles(a0), h1 = i_high_nibbles(a1);
+        QK_UNROLL
+        for (int t = 0; t < MT; t++) {
+          const I16 four = i_broadcast(x + t * w.cols + 4);
+          sum[0][t] = i_dot(sum[0][t], h0, four);
+          sum[1][t] = i_dot(sum[1][t], h1, four);
+        }
+      }
+    }
+    F16 scale[2], offset[2];
+    if (MODE != PER_CHANNEL)
+      for (int r = 0; r < 2; r++) {
+        const int64_t at = ((block + r) * groups + g) * 16;
+        scale[r] = f_half(w.scale + at);
+        offset[r] = MODE == PER_GROUP_OFFSET ? f_half(w.offset + at) : f_mul(scale[r], f_set1(-zero));
+      }
+    QK_UNROLL
+    for (int t = 0; t < MT; t++) {
+      const F16 xs = f_set1(a.scale[(token + t) * groups + g]), xsum = f_set1(a.sum[(token + t) * groups + g]);
+      for (int r = 0; r < 2; r++) {
+        const F16 products = f_of_i(sum[r][t]);
+        if (MODE == PER_CHANNEL)
+          total[r][t] = f_fma(xsum, f_set1(-zero), f_fma(products, xs, total[r][t]));
+        else
+          total[r][t] = f_fma(xsum, offset[r], f_fma(products, f_mul(scale[r], xs), total[r][t]));
+      }
+    }
+  }
+  for (int r = 0; r < 2; r++) {
+    const int64_t row = (block + r) * 16;
+    for (int t = 0; t < MT; t += to.pairs ? 2 : 1) {
+      F16 out = to.pairs && t + 1 < MT ? f_add(total[r][t], total[r][t + 1]) : total[r][t];
+      if (MODE == PER_CHANNEL) out = f_mul(out, f_load(w.row_scale + row));
+      store_rows(to, to.pairs ? (token + t) / 2 : token + t, row, w.rows, out);
+    }
+  }
+}
+
+// Blocks of rows are dealt to threads; a block of tokens whose activations fit the second-level cache meets all of a thread's
+// rows before the next one does.
+template <class Tile12, class Tile4, class Tile2, class Tile1>
+inline void over_tiles(int64_t tokens, int64_t rows, int64_t token_bytes, int thread, int threads, Tile12 tile12, Tile4 tile4,
+                       Tile2 tile2, Tile1 tile1) {
+  const int64_t pairs = (rows + 31) / 32, first = pairs * thread / threads, last = pairs * (thread + 1) / threads;
+  int64_t span = (600 << 10) / token_bytes / 12 * 12;
+  if (span < 12) span = 12;
+  for (int64_t from = 0; from < tokens; from += span) {
+    const int64_t end = from + span < tokens ? from + span : tokens;
+    for (int64_t pair = first; pair < last; pair++) {
+      int64_t t = from;
+      for (; t + 12 <= end; t += 12) tile12(2 * pair, t);
+      for (; t + 4 <= end; t += 4) tile4(2 * pair, t);
+      for (; t + 2 <= end; t += 2) tile2(2 * pair, t);
+      for (; t < end; t++) tile1(2 * pair, t);
+    }
+  }
+}
+
+template <int BITS, Scales MODE>
+inline void packed_linear(const Packed& w, const Quantized& a, const Target& to, int64_t tokens, int thread, int threads) {
+  over_tiles(
+      tokens, w.rows, w.cols, thread, threads, [&](int64_t b, int64_t t) { packed_tile<BITS, MODE, 12>(w, b, a, t, to); },
+      [&](int64_t b, int64_t t) { packed_tile<BITS, MODE, 4>(w, b, a, t, to); },
+      [&](int64_t b, int64_t t) { packed_tile<BITS, MODE, 2>(w, b, a, t, to); },
+      [&](int64_t b, int64_t t) { packed_tile<BITS, MODE, 1>(w, b, a, t, to); });
+}
+
+inline Packed packed_of(const Op& op) {
+  return {(const uint8_t*)op.p[1], (const uint16_t*)op.p[2], (const uint16_t*)op.p[3], (const float*)op.p[4],
+          op.n[1], op.n[2], op.n[3]};
+}
+
+// p: y, q, scale, offset, row_scale, x.q, x.scale, x.sum, bias; n: tokens, rows, cols, group, bits, pairs
+void linear(const Op& op, int thread, int threads) {
+  const Packed w = packed_of(op);
+  const Quantized a = {(const int8_t*)op.p[5], (const float*)op.p[6], (const float*)op.p[7]};
+  const bool pairs = op.n[5];
+  const Target to = {(float*)op.p[0], w.rows, (const float*)op.p[8], pairs};
+  const int64_t tokens = pairs ? 2 * op.n[0] : op.n[0];
+  if (op.n[4] == 4) {
+    if (w.row_scale) packed_linear<4, PER_CHANNEL>(w, a, to, tokens, thread, threads);
+    else if (w.offset) packed_linear<4, PER_GROUP_OFFSET>(w, a, to, tokens, thread, threads);
+    else packed_linear<4, PER_GROUP>(w, a, to, tokens, thread, threads);
+  } else {
+    if (w.row_scale) packed_linear<8, PER_CHANNEL>(w, a, to, tokens, thread, threads);
+    else if (w.offset) packed_linear<8, PER_GROUP_OFFSET>(w, a, to, tokens, thread, threads);
+    else packed_linear<8, PER_GROUP>(w, a, to, tokens, thread, threads);
+  }
+}
+
+// 32 rows times MT tokens, fp32 sums in registers; the two bf16 of a lane become two fp32 vectors.
+template <int MT>
+inline void bf16_tile(const uint8_t* q, int64_t rows, int64_t cols, int64_t block, const float* x, int64_t token, const Target& to) {
+  const uint8_t* w0 = q + block * cols * 32;
+  const uint8_t* w1 = w0 + cols * 32;
+  F16 total[2][MT];
+  QK_UNROLL
+  for (int t = 0; t < MT; t++) total[0][t] = total[1][t] = f_zero();
+  for (int64_t k = 0; k < cols; k += 2) {
+    const I16 a0 = i_load(w0 + k * 32), a1 = i_load(w1 + k * 32);
+    if (MT == 1) {
+      __builtin_prefetch(w0 + k * 32 + 2048);
+      __builtin_prefetch(w1 + k * 32 + 2048);
+    }
+    const F16 e0 = f_even_bf16(a0), e1 = f_even_bf16(a1), o0 = f_odd_bf16(a0), o1 = f_odd_bf16(a1);
+    QK_UNROLL
+    for (int t = 0; t < MT; t++) {
+      const float* at = x + (token + t) * cols + k;
+      const F16 even = f_set1(at[0]), odd = f_set1(at[1]);
+      total[0][t] = f_fma(o0, odd, f_fma(e0, even, total[0][t]));
+      total[1][t] = f_fma(o1, odd, f_fma(e1, even, total[1][t]));
+    }
+  }
+  for (int r = 0; r < 2; r++)
+    for (int t = 0; t < MT; t++) store_rows(to, token + t, (block + r) * 16, rows, total[r][t]);
+}
+
+// p: y, q, -, -, -, x, -, -, bias; n: tokens, rows, cols (even)
+void linear_bf16(const Op& op, int thread, int threads) {
+  const uint8_t* q = (const uint8_t*)op.p[1];
+  const float* x = (const float*)op.p[5];
+  const int64_t rows = op.n[1], cols = op.n[2];
+  const Target to = {(float*)op.p[0], rows, (const float*)op.p[8], false};
+  over_tiles(
+      op.n[0], rows, cols * 4, thread, threads, [&](int64_t b, int64_t t) { bf16_tile<12>(q, rows, cols, b, x, t, to); },
+      [&](int64_t b, int64_t t) { bf16_tile<4>(q, rows, cols, b, x, t, to); },
+      [&](int64_t b, int64_t t) { bf16_tile<2>(q, rows, cols, b, x, t, to); },
+      [&](int64_t b, int64_t t) { bf16_tile<1>(q, rows, cols, b, x, t, to); });
+}
+
+// p: y, q, scale, offset, row_scale, ids (int64); n: tokens, rows, cols, group, bits (4, 8 or 16). Gathers rows as fp32.
+void embed(const Op& op, int thread, int threads) {
+  const Packed w = packed_of(op);
+  const int64_t* ids = (const int64_t*)op.p[5];
+  const int64_t bits = op.n[4], groups = w.cols / w.group;
+  for (int64_t token = op.n[0] * thread / threads; token < op.n[0] * (thread + 1) / threads; token++) {
+    const int64_t block = ids[token] / 16, lane = ids[token] % 16;
+    const uint8_t* q = w.q + block * w.cols * 2 * bits + lane * 4;
+    float* y = (float*)op.p[0] + token * w.cols;
+    for (int64_t k = 0; k < w.cols; k++) {
+      if (bits == 16) {
+        uint32_t pair;
+        memcpy(&pair, q + k / 2 * 64, 4);
+        const uint32_t wide = k % 2 ? pair & 0xffff0000u : pair << 16;
+        memcpy(y + k, &wide, 4);
+        continue;
+      }
+      const int value = bits == 8 ? q[k / 4 * 64 + k % 4] : (q[k / 8 * 64 + k % 4] >> (k % 8 / 4 * 4)) & 15;
+      const int zero = bits == 8 ? 128 : 8;
+      const int64_t at = (block * groups + k / w.group) * 16 + lane;
+      if (w.row_scale) y[k] = w.row_scale[ids[token]] * (value - zero);
+      else if (w.offset) y[k] = _cvtsh_ss(w.scale[at]) * value + _cvtsh_ss(w.offset[at]);
+      else y[k] = _cvtsh_ss(w.scale[at]) * (value - zero);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,119 @@
+"""The ops of `ops/reference.py` by the native kernels, on contiguous fp32 CPU tensors that need no gradient.
+
+Shapes are those of the reference. Each function allocates its result, says which tensors it reads and writes, and submits one
+operation (packed linears: two, since activations are quantized first).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qwenkit.ops.cpu.program import Executor, Kind
+from qwenkit.ops.packed import PackedWeight
+
+# Weights in groups this small (GGUF's blocks, small models) meet activations of 16 bits, as two rows of int8: SmolLM2 changes its
+# answers when they are rounded to 8. Decoding waits for memory and hardly notices; a prompt takes up to twice the products.
+FINE_GROUP = 32
+MAX_HEAD_DIM, MAX_GROUP = 256, 128  # attention.h: MAX_DIM, and heads that share a key head within MAX_PASS
+
+
+class NativeOps:
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        y = torch.empty_like(x)
+        dim = x.shape[-1]
+        self.executor.submit(Kind.RMS_NORM, (y, x, weight), (x.numel() // dim, dim), writes=(y,), x=eps)
+        return y
+
+    def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(gate)
+        self.executor.submit(Kind.SILU_MUL, (y, gate, up), (gate.numel(),), writes=(y,))
+        return y
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(a)
+        self.executor.submit(Kind.ADD, (y, a, b), (a.numel(),), writes=(y,))
+        return y
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(x)
+        tokens, heads, dim = x.shape
+        numbers = (tokens, heads, dim, cos.shape[-1], heads * dim, heads * dim)
+        self.executor.submit(Kind.ROTATE, (y, x, cos, sin), numbers, writes=(y,))
+        return y
+
+    def embedding(self, ids: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        y = torch.empty(ids.shape[0], weight.cols)
+        numbers = (ids.shape[0], weight.rows, weight.cols, weight.group, weight.bits)
+        pointers = (y, weight.q, weight.scale, weight.offset, weight.row_scale, ids)
+        self.executor.submit(Kind.EMBED, pointers, numbers, writes=(y,))
+        return y
+
+    def packed_linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        """`bias`, where there is one, is padded to the weight's padded rows."""
+        tokens = x.shape[0]
+        y = torch.empty(tokens, weight.rows)
+        numbers = (tokens, weight.rows, weight.cols, weight.group, weight.bits)
+        if weight.bits == 16:
+            pointers = (y, weight.q, None, None, None, x, None, None, bias)
+            self.executor.submit(Kind.LINEAR_BF16, pointers, numbers, writes=(y,))
+            return y
+        pairs = int(weight.group <= FINE_GROUP)
+        q, scale, total = self._quantized(x, weight.group, pairs)
+        weights = (weight.q, weight.scale, weight.offset, weight.row_scale)
+        self.executor.submit(Kind.LINEAR, (y, *weights, q, scale, total, bias), (*numbers, pairs), writes=(y,))
+        return y
+
+    def _quantized(self, x: torch.Tensor, group: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """int8 activations with a scale and a sum for each group; shared by all linears of a recording that read x.
+
+        With `pairs` two rows a token, which together hold 16 bits.
+        """
+        recording = self.executor.recording
+        key = (x.data_ptr(), x.shape, group, pairs)
+        if recording is not None and key in recording.quantized:
+            return recording.quantized[key]
+        tokens, dim = x.shape
+        rows = tokens * (1 + pairs)
+        q = torch.empty(rows, dim, dtype=torch.int8)
+        scale, total = torch.empty(2, rows, dim // group).unbind()
+        self.executor.submit(Kind.QUANTIZE, (q, scale, total, x), (tokens, dim, group, pairs), writes=(q, scale, total))
+        if recording is not None:
+            recording.quantized[key] = q, scale, total
+        return q, scale, total
+
+    def write_cache(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        width = k.shape[1] * k.shape[2]
+        pointers = (k, v, key_cache, value_cache, slots)
+        self.executor.submit(Kind.WRITE_CACHE, pointers, (k.shape[0], width), writes=(key_cache, value_cache))
+
+    def paged_attention(
+        self,
+        q: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lengths: torch.Tensor,
+        block_tables: torch.Tensor,
+        window: int | None,
+    ) -> torch.Tensor:
+        out = torch.empty_like(q)
+        _, block_size, kv_heads, dim = key_cache.shape
+        rows, max_blocks = block_tables.shape
+        numbers = (rows, q.shape[1], kv_heads, dim, block_size, max_blocks, window or 0)
+        pointers = (out, q, key_cache, value_cache, block_tables, query_starts, context_lengths)
+        self.executor.submit(Kind.ATTEND, pointers, numbers, writes=(out,), x=dim**-0.5)
+        return out
+
+    @staticmethod
+    def can_attend(q: torch.Tensor, key_cache: torch.Tensor) -> bool:
+        return q.shape[2] <= MAX_HEAD_DIM and q.shape[1] // key_cache.shape[2] <= MAX_GROUP

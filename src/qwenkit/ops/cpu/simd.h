@@ -1,0 +1,203 @@
+// Sixteen lanes, whatever the machine: one zmm register where AVX-512 VNNI is there, two ymm registers with AVX2.
+// Every kernel is written once against these few functions and compiled once for each instruction set (see isa.cpp).
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+// Loops over lanes of a tile: only when they are unrolled do their sums stay in registers.
+#define QK_UNROLL _Pragma("GCC unroll 16")
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+
+struct F16 { __m512 v; };
+struct I16 { __m512i v; };
+static inline F16 f_zero() { return {_mm512_setzero_ps()}; }
+static inline F16 f_set1(float x) { return {_mm512_set1_ps(x)}; }
+static inline F16 f_load(const float* p) { return {_mm512_loadu_ps(p)}; }
+static inline void f_store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
+static inline F16 f_add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+static inline F16 f_sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline F16 f_mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline F16 f_div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+static inline F16 f_max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline F16 f_min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+static inline F16 f_fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+static inline F16 f_abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
+static inline float f_sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
+static inline float f_hmax(F16 a) { return _mm512_reduce_max_ps(a.v); }
+static inline F16 f_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+static inline F16 f_bf16(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+static inline F16 f_round(F16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+static inline F16 f_of_i(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+static inline I16 i_of_f(F16 a) { return {_mm512_cvtps_epi32(a.v)}; }
+static inline F16 f_pow2(F16 a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127)), 23))}; }
+static inline I16 i_load(const void* p) { return {_mm512_loadu_si512(p)}; }
+static inline I16 i_set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+static inline I16 i_broadcast(const void* p) {  // four bytes to every lane
+  int32_t four;
+  memcpy(&four, p, 4);
+  return {_mm512_set1_epi32(four)};
+}
+static inline void i_store_i8(int8_t* p, I16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a.v)); }
+static inline I16 i_add(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+static inline int32_t i_sum(I16 a) { return _mm512_reduce_add_epi32(a.v); }
+static inline I16 i_low_nibbles(I16 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+static inline I16 i_high_nibbles(I16 a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+// acc + for each lane the sum of four products of an unsigned and a signed byte. As an instruction rather than an intrinsic:
+// GCC 12 copies the accumulator around the intrinsic, which halves the speed of the inner loops.
+static inline I16 i_dot(I16 acc, I16 u, I16 s) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(u.v), "v"(s.v));
+  return acc;
+}
+// the lower and the upper bf16 of each 32-bit lane as fp32
+static inline F16 f_even_bf16(I16 a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+static inline F16 f_odd_bf16(I16 a) { return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32((int)0xffff0000)))}; }
+// out[d * stride + j] = rows[j][d] for 16 rows and 16 values of each
+static inline void f_transpose16(const float* const* rows, float* out, int64_t stride) {
+  __m512 r[16], t[16];
+  QK_UNROLL
+  for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_ps(rows[j]);
+  QK_UNROLL
+  for (int j = 0; j < 16; j += 2) {
+    t[j] = _mm512_unpacklo_ps(r[j], r[j + 1]);
+    t[j + 1] = _mm512_unpackhi_ps(r[j], r[j + 1]);
+  }
+  QK_UNROLL
+  for (int j = 0; j < 16; j += 4) {
+    for (int half = 0; half < 2; half++) {
+      const __m512d low = _mm512_castps_pd(t[j + half]), high = _mm512_castps_pd(t[j + 2 + half]);
+      r[j + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      r[j + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  QK_UNROLL
+  for (int d = 0; d < 4; d++) {  // r[4 i + d] has dims d, d + 4, d + 8, d + 12 of rows 4 i .. 4 i + 3
+    const __m512 x = _mm512_shuffle_f32x4(r[d], r[4 + d], 0x88), y = _mm512_shuffle_f32x4(r[d], r[4 + d], 0xdd);
+    const __m512 z = _mm512_shuffle_f32x4(r[8 + d], r[12 + d], 0x88), w = _mm512_shuffle_f32x4(r[8 + d], r[12 + d], 0xdd);
+    _mm512_storeu_ps(out + d * stride, _mm512_shuffle_f32x4(x, z, 0x88));
+    _mm512_storeu_ps(out + (d + 4) * stride, _mm512_shuffle_f32x4(y, w, 0x88));
+    _mm512_storeu_ps(out + (d + 8) * stride, _mm512_shuffle_f32x4(x, z, 0xdd));
+    _mm512_storeu_ps(out + (d + 12) * stride, _mm512_shuffle_f32x4(y, w, 0xdd));
+  }
+}
+
+#else
+
+struct F16 { __m256 a, b; };
+struct I16 { __m256i a, b; };
+#define QK_TWICE(f) {f(x.a, y.a), f(x.b, y.b)}
+static inline F16 f_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+static inline F16 f_set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+static inline F16 f_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline void f_store(float* p, F16 x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+static inline F16 f_add(F16 x, F16 y) { return QK_TWICE(_mm256_add_ps); }
+static inline F16 f_sub(F16 x, F16 y) { return QK_TWICE(_mm256_sub_ps); }
+static inline F16 f_mul(F16 x, F16 y) { return QK_TWICE(_mm256_mul_ps); }
+static inline F16 f_div(F16 x, F16 y) { return QK_TWICE(_mm256_div_ps); }
+static inline F16 f_max(F16 x, F16 y) { return QK_TWICE(_mm256_max_ps); }
+static inline F16 f_min(F16 x, F16 y) { return QK_TWICE(_mm256_min_ps); }
+static inline F16 f_fma(F16 x, F16 y, F16 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+static inline F16 f_abs(F16 x) {
+  const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)};
+}
+static inline float f_sum8(__m256 x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+static inline float f_sum(F16 x) { return f_sum8(_mm256_add_ps(x.a, x.b)); }
+static inline float f_hmax(F16 x) {
+  __m256 m = _mm256_max_ps(x.a, x.b);
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+static inline F16 f_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+static inline __m256 f_bf16x8(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+static inline F16 f_bf16(const uint16_t* p) { return {f_bf16x8(p), f_bf16x8(p + 8)}; }
+static inline F16 f_round(F16 x) {
+  return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+          _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+static inline F16 f_of_i(I16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+static inline I16 i_of_f(F16 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+static inline __m256 f_pow2x8(__m256 x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(127)), 23));
+}
+static inline F16 f_pow2(F16 x) { return {f_pow2x8(x.a), f_pow2x8(x.b)}; }
+static inline I16 i_load(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
+static inline I16 i_set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+static inline I16 i_broadcast(const void* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return i_set1(four);
+}
+static inline void i_store_i8(int8_t* p, I16 x) {
+  __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+}
+static inline I16 i_add(I16 x, I16 y) { return QK_TWICE(_mm256_add_epi32); }
+static inline int32_t i_sum(I16 x) {
+  __m256i t = _mm256_add_epi32(x.a, x.b);
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+static inline I16 i_low_nibbles(I16 x) {
+  const __m256i m = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+}
+static inline I16 i_high_nibbles(I16 x) { return i_low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
+// maddubs would saturate for weights above 127, so bytes are widened: even and odd bytes apart, exact in 32 bits
+static inline __m256i i_dot8(__m256i acc, __m256i u, __m256i s) {
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+  return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+}
+static inline I16 i_dot(I16 acc, I16 u, I16 s) { return {i_dot8(acc.a, u.a, s.a), i_dot8(acc.b, u.b, s.b)}; }
+static inline F16 f_even_bf16(I16 x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(x.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.b, 16))};
+}
+static inline F16 f_odd_bf16(I16 x) {
+  const __m256i m = _mm256_set1_epi32((int)0xffff0000);
+  return {_mm256_castsi256_ps(_mm256_and_si256(x.a, m)), _mm256_castsi256_ps(_mm256_and_si256(x.b, m))};
+}
+static inline void f_transpose16(const float* const* rows, float* out, int64_t stride) {
+  for (int d = 0; d < 16; d += 4)
+    for (int j = 0; j < 16; j += 4) {
+      __m128 r0 = _mm_loadu_ps(rows[j] + d), r1 = _mm_loadu_ps(rows[j + 1] + d);
+      __m128 r2 = _mm_loadu_ps(rows[j + 2] + d), r3 = _mm_loadu_ps(rows[j + 3] + d);
+      _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+      _mm_storeu_ps(out + d * stride + j, r0);
+      _mm_storeu_ps(out + (d + 1) * stride + j, r1);
+      _mm_storeu_ps(out + (d + 2) * stride + j, r2);
+      _mm_storeu_ps(out + (d + 3) * stride + j, r3);
+    }
+}
+#undef QK_TWICE
+#endif
+
+// e^x for x <= 88, 0 below -87: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error below 3e-7.
+static inline F16 f_exp(F16 x) {
+  x = f_min(f_set1(88.0f), f_max(f_set1(-87.3f), x));  // in this order a NaN stays a NaN
+  const F16 n = f_round(f_mul(x, f_set1(1.44269504f)));
+  F16 r = f_fma(n, f_set1(-0.693359375f), x);
+  r = f_fma(n, f_set1(2.12194440e-4f), r);
+  F16 p = f_set1(1.0f / 720);
+  p = f_fma(p, r, f_set1(1.0f / 120));
+  p = f_fma(p, r, f_set1(1.0f / 24));
+  p = f_fma(p, r, f_set1(1.0f / 6));
+  p = f_fma(p, r, f_set1(0.5f));
+  p = f_fma(p, r, f_set1(1.0f));
+  p = f_fma(p, r, f_set1(1.0f));
+  return f_mul(p, f_pow2(n));
+}

@@ -1,0 +1,133 @@
+"""The op table: for each op the implementation that runs here, chosen once at start by `use`.
+
+An op goes to the native library where it was chosen and can take the tensors (contiguous fp32 on the CPU, no gradient wanted),
+else to the reference. Callers write `ops.rms_norm(...)` and never ask.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from qwenkit.ops import reference
+from qwenkit.ops.cpu.library import find_library, open_library
+from qwenkit.ops.cpu.native import NativeOps
+from qwenkit.ops.cpu.program import Executor
+from qwenkit.ops.packed import PackedWeight
+
+IMPLEMENTATIONS = ("auto", "reference", "avx2", "avx512")
+NATIVE = ("rms_norm", "silu_mul", "add", "rotate", "write_cache", "paged_attention", "packed_linear", "embedding")
+REFERENCE_ONLY = ("attention", "packed_attention")
+
+
+class _Table:
+    native: NativeOps | None = None
+    asked: str | None = None
+
+
+def use(implementation: str | None = None) -> None:
+    """Choose for this process: the reference, an instruction set of the native library, or auto, the best there is.
+
+    None stands for what the environment variable QWENKIT_OPS says, else auto.
+    Raises ValueError for an unknown name, or for an instruction set that this machine or build does not have.
+    """
+    implementation = implementation or os.environ.get("QWENKIT_OPS") or "auto"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"ops implementation is {implementation!r}, allowed are {', '.join(IMPLEMENTATIONS)}")
+    if implementation == _Table.asked:
+        return
+    library = None
+    if implementation != "reference":
+        library = open_library(None if implementation == "auto" else implementation)
+    _Table.native = None if library is None else NativeOps(Executor(library))
+    _Table.asked = implementation
+
+
+def native() -> NativeOps | None:
+    """The native ops, if they were chosen: for threads and recording."""
+    return _Table.native
+
+
+def implementations() -> dict[str, str]:
+    """Which implementation runs for each op."""
+    name = "reference" if _Table.native is None else f"native ({_Table.native.executor.library.instruction_set})"
+    return dict.fromkeys(sorted(NATIVE), name) | dict.fromkeys(REFERENCE_ONLY, "reference")
+
+
+def why_no_native() -> str | None:
+    """The sentence for `doctor` where the native library cannot run; None where it can."""
+    if _Table.native is not None:
+        return None
+    if find_library() is None:
+        return "the native library was not built: install a C++ compiler and install qwenkit again (x86-64 only)"
+    if open_library() is None:
+        return "the native library needs AVX2, which this processor does not have"
+    return None
+
+
+def _native_for(*tensors: torch.Tensor) -> NativeOps | None:
+    chosen = _Table.native
+    if chosen is None:
+        return None
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return None
+    return chosen
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    chosen = _native_for(x, weight)
+    return reference.rms_norm(x, weight, eps) if chosen is None else chosen.rms_norm(x, weight, eps)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    chosen = _native_for(gate, up)
+    return reference.silu_mul(gate, up) if chosen is None else chosen.silu_mul(gate, up)
+
+
+def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    chosen = _native_for(a, b)
+    return reference.add(a, b) if chosen is None else chosen.add(a, b)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    chosen = _native_for(x, cos, sin)
+    return reference.rotate(x, cos, sin) if chosen is None else chosen.rotate(x, cos, sin)
+
+
+def embedding(ids: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    chosen = _native_for() if ids.device.type == "cpu" else None
+    return reference.embedding(ids, weight) if chosen is None else chosen.embedding(ids, weight)
+
+
+def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    chosen = _native_for(x)
+    return reference.packed_linear(x, weight, bias) if chosen is None else chosen.packed_linear(x, weight, bias)
+
+
+def write_cache(
+    k: torch.Tensor, v: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    chosen = _native_for(k, v, key_cache, value_cache)
+    if chosen is None:
+        reference.write_cache(k, v, key_cache, value_cache, slots)
+    else:
+        chosen.write_cache(k, v, key_cache, value_cache, slots)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lengths: torch.Tensor,
+    block_tables: torch.Tensor,
+    window: int | None = None,
+) -> torch.Tensor:
+    chosen = _native_for(q, key_cache, value_cache)
+    if chosen is None or not chosen.can_attend(q, key_cache):
+        return reference.paged_attention(q, key_cache, value_cache, query_starts, context_lengths, block_tables, window)
+    return chosen.paged_attention(q, key_cache, value_cache, query_starts, context_lengths, block_tables, window)

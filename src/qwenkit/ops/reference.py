@@ -1,0 +1,130 @@
+"""Every op in obvious torch: the specification that faster implementations are tested against, and what runs without them.
+
+Letters in shapes: T tokens of a flat stream, H query heads, K key/value heads, D head dim, R rotary width.
+All of them are differentiable, so training uses the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from qwenkit.ops.packed import LANES, PackedWeight, dequantize
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last dim; the division in fp32, the product in x's dtype (arXiv 1910.07467)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, the inner product of a SwiGLU MLP (arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
+def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a + b, the residual connection."""
+    return a + b
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the first R channels of x (T, H, D) by the angles of cos and sin (T, R / 2), pairing channel j with j + R / 2."""
+    half = cos.shape[-1]
+    wide = x[..., : 2 * half].float()
+    a, b = wide[..., :half], wide[..., half:]
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    return turned if x.shape[-1] == 2 * half else torch.cat((turned, x[..., 2 * half :]), -1)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """Causal attention of one document's last tokens over all of it.
+
+    q (Tq, H, D), k and v (Tk, K, D), Tq <= Tk: query i stands at position Tk - Tq + i. `window` counts the visible keys, the
+    query's own included. Returns (Tq, H, D).
+    """
+    queries, keys = q.shape[0], k.shape[0]
+    mask = None
+    if 1 < queries < keys or (window is not None and keys > window):
+        position = torch.arange(keys - queries, keys, device=q.device)[:, None]
+        key = torch.arange(keys, device=q.device)[None]
+        mask = key <= position
+        if window is not None:
+            mask &= key > position - window
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None and queries > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def packed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], window: int | None = None
+) -> torch.Tensor:
+    """Causal attention inside each of several documents that lie end to end in one stream; sum(lengths) == T."""
+    documents = zip(q.split(list(lengths)), k.split(list(lengths)), v.split(list(lengths)), strict=True)
+    return torch.cat([attention(*document, window=window) for document in documents])
+
+
+def write_cache(
+    k: torch.Tensor, v: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Store this step's keys and values (T, K, D) at their slots (T,) of the caches (blocks, block_size, K, D)."""
+    key_cache.flatten(0, 1).index_copy_(0, slots, k)
+    value_cache.flatten(0, 1).index_copy_(0, slots, v)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lengths: torch.Tensor,
+    block_tables: torch.Tensor,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Attention of several requests' new tokens over their histories in a paged cache.
+
+    q (T, H, D) holds the new tokens of all rows end to end, those of row i from query_starts[i] to query_starts[i + 1]
+    (int64, rows + 1). Row i's history, its new tokens included, is context_lengths[i] (int64) tokens long and lies in the first
+    blocks of block_tables[i] (int32, (rows, most blocks)); caches are (blocks, block_size, K, D).
+    """
+    starts, lengths = query_starts.tolist(), context_lengths.tolist()
+    block_size = key_cache.shape[1]
+    out = []
+    for row, length in enumerate(lengths):
+        queries = q[starts[row] : starts[row + 1]]
+        assert 0 < queries.shape[0] <= length <= block_tables.shape[1] * block_size
+        table = block_tables[row, : -(-length // block_size)]
+        keys = key_cache[table].flatten(0, 1)[:length]
+        values = value_cache[table].flatten(0, 1)[:length]
+        out.append(attention(queries, keys, values, window=window))
+    return torch.cat(out)
+
+
+def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (T, cols) times a packed matrix -> (T, rows); `bias` is padded to the packed rows."""
+    return F.linear(x, dequantize(weight).to(x.dtype), None if bias is None else bias[: weight.rows])
+
+
+def embedding(ids: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """Rows `ids` (T,) of a packed matrix -> (T, cols) fp32."""
+    blocks = ids // LANES
+    some = replace(
+        weight,
+        rows=ids.shape[0] * LANES,
+        q=weight.q[blocks],
+        scale=None if weight.scale is None else weight.scale[blocks],
+        offset=None if weight.offset is None else weight.offset[blocks],
+        row_scale=None if weight.row_scale is None else weight.row_scale.unflatten(0, (-1, LANES))[blocks].flatten(),
+    )
+    return dequantize(some).unflatten(0, (-1, LANES))[torch.arange(ids.shape[0], device=ids.device), ids % LANES]

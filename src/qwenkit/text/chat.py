@@ -1,0 +1,221 @@
+"""The one renderer of conversations: chat, serving and training all get their ids here.
+
+In: messages in the OpenAI shape, optionally tool definitions. Out: `Rendered`, the prompt's ids and a mask over what
+the assistant said. `JinjaChat` follows the template a model brings along and gives the ids transformers gives, except
+that control tokens written by a caller stay plain text. Qwen-1, which has no template, is in chat_qwen1.py.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from qwenkit.text.template import GENERATION_END, GENERATION_START, ChatTemplate, Disguise
+from qwenkit.text.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+_MARKS = re.compile(f"({GENERATION_START}|{GENERATION_END})")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as ids.
+
+    mask has one entry per id, True on what the assistant produced: its text and the token that ends its turn, never a
+    header or a generation prompt. None: the template does not show who speaks.
+    """
+
+    ids: list[int]
+    mask: list[bool] | None
+
+
+class ChatFormat(Protocol):
+    """How one model wants a conversation written."""
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> Rendered:
+        """Ids and mask of `messages`; with add_generation_prompt, up to where the assistant's next answer begins.
+
+        variables: what else the model's format knows, such as Qwen3's enable_thinking. Raises ValueError, naming
+        the message and the field, for messages that are malformed or that the format has no place for.
+        """
+        ...
+
+
+class JinjaChat:
+    """The template of a model's tokenizer_config.json, chat_template.jinja or GGUF.
+
+    variables: what the template may use besides the messages, as bos_token and eos_token. They are the model's own
+    and are trusted; those given to `render` are the caller's and are not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str, *, variables: Mapping[str, Any] | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(template)
+        self._variables = dict(variables or {})
+        self._disguise = Disguise(tokenizer.special_tokens)
+        self._is_chatml = (
+            "<|im_start|>" in template and {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens.keys()
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> Rendered:
+        """See `ChatFormat.render`. With ChatML headers the mask comes from them, else from {% generation %} blocks.
+
+        A ChatML answer that begins with a line break may share a token with the end of its header, which is then not
+        marked. A token that a {% generation %} block shares with the text beside it is marked.
+        """
+        for index, tool in enumerate(tools or ()):
+            if not isinstance(tool, Mapping):
+                raise ValueError(f"tools[{index}] is a {type(tool).__name__}, not an object describing a function")
+        try:
+            given = {
+                "documents": None,
+                **variables,
+                "messages": checked_messages(messages),
+                "tools": None if tools is None else list(tools),
+            }
+            given = {name: self._disguise.put_on(value, name) for name, value in given.items()}
+        except RecursionError:
+            raise ValueError("messages or tools are nested too deeply") from None
+        text = self._template.render(self._variables | given | {"add_generation_prompt": add_generation_prompt})
+        ids, generated = self._encode(text)
+        if self._is_chatml:
+            return Rendered(ids, chatml_mask(self._tokenizer, ids))
+        return Rendered(ids, generated if self._template.marks_generation else None)
+
+    def _encode(self, text: str) -> tuple[list[int], list[bool]]:
+        """Ids of a rendered text, and which of them lie in {% generation %} blocks."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        generated = False
+        for piece in self._tokenizer.split_control(text):
+            if isinstance(piece, int):
+                ids.append(piece)
+                mask.append(generated)
+                continue
+            parts: list[tuple[str, bool]] = []
+            for part in _MARKS.split(piece):
+                if part in (GENERATION_START, GENERATION_END):
+                    generated = part == GENERATION_START
+                else:
+                    parts.append((self._disguise.take_off(part), generated))
+            piece_ids = self._tokenizer.encode("".join(part for part, _ in parts))
+            ids += piece_ids
+            mask += self._within(piece_ids, parts)
+        return ids, mask
+
+    def _within(self, ids: list[int], parts: list[tuple[str, bool]]) -> list[bool]:
+        """Which of `ids`, the encoding of all parts together, hold a byte of a part that is marked True."""
+        if len(parts) == 1:
+            return [parts[0][1]] * len(ids)
+        token_bytes = self._tokenizer.token_bytes
+        # One flag a byte. Bytes are counted after encoding, because normalisation may change their number.
+        flags = b"".join(
+            bytes([marked]) * sum(len(token_bytes(id)) for id in self._tokenizer.encode(part)) for part, marked in parts
+        )
+        mask, position = [], 0
+        for id in ids:
+            end = position + len(token_bytes(id))
+            mask.append(1 in flags[position:end])
+            position = end
+        return mask
+
+
+def chatml_mask(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
+    """True from after each "<|im_start|>assistant\\n" up to and including the "<|im_end|>" that closes the turn.
+
+    Exact, because only the format itself can have put these control tokens there. A turn left open is not marked.
+    """
+    start, end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|im_end|>"]
+    mask = [False] * len(ids)
+    header: bytes | None = None  # bytes of the header being read; None outside of one
+    said_from: int | None = None  # where the open assistant turn's text begins
+    for index, id in enumerate(ids):
+        if id == start:
+            header, said_from = b"", None
+        elif id == end:
+            if said_from is not None:
+                mask[said_from : index + 1] = [True] * (index + 1 - said_from)
+            header = said_from = None
+        elif header is not None:
+            header += tokenizer.token_bytes(id)
+            role, newline, _ = header.partition(b"\n")
+            if newline:
+                header, said_from = None, index + 1 if role == b"assistant" else None
+    return mask
+
+
+def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of `messages` with every content as text and tool-call arguments as objects.
+
+    Raises ValueError naming the message and the field: a role other than those of `ROLES`, a content that is neither
+    text nor a list of text parts, or none where one is needed.
+    """
+    if not messages:
+        raise ValueError("messages is empty; at least one message is needed")
+    return [_checked_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _checked_message(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{name} is a {type(message).__name__}, not an object with role and content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ValueError(f"{name}.role is {role!r}, allowed are {', '.join(ROLES)}")
+    calls = message.get("tool_calls")
+    content = message.get("content")
+    if content is None and role == "assistant" and calls:
+        content = ""
+    checked = {**message, "content": _joined_text(content, f"{name}.content")}
+    if calls is not None:
+        if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+            raise ValueError(f"{name}.tool_calls is not a list of objects")
+        checked["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+    return checked
+
+
+def _joined_text(content: Any, name: str) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        raise ValueError(f"{name} is missing, text or a list of text parts is needed")
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"{name} is a {type(content).__name__}, allowed are text and a list of text parts")
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            raise ValueError(f"{name}[{index}] has the type {kind!r}, allowed is 'text'")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{name}[{index}].text is missing or not text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI sends arguments as a JSON string, which a template that applies tojson would quote a second time."""
+    checked = dict(call)
+    if isinstance(call.get("function"), Mapping):
+        checked["function"] = _with_parsed_arguments(call["function"])
+    if isinstance(call.get("arguments"), str):
+        try:
+            arguments = json.loads(call["arguments"])
+        except (ValueError, RecursionError):
+            arguments = None
+        if isinstance(arguments, dict):
+            checked["arguments"] = arguments
+    return checked

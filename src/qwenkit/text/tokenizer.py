@@ -1,0 +1,125 @@
+"""One tokenizer over every vocabulary a Qwen model comes with.
+
+In: a model folder (tokenizer.json, vocab.json + merges.txt, or Qwen-1's qwen.tiktoken) or a GGUF's embedded lists.
+Out: text to ids and back. Text is plain unless the caller says otherwise: the characters "<|im_end|>" in a user's
+message become the ordinary tokens that spell them, never the control token. Only byte-level BPE is supported.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from qwenkit.text import vocabulary
+from qwenkit.text.added_tokens import AddedTokenMatcher
+from qwenkit.text.vocabulary import Vocabulary
+
+
+class Tokenizer:
+    """Text <-> token ids; made by `from_folder` or `from_bpe`, and safe to use from several threads."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        added = vocabulary.added
+        self._engine = vocabulary.engine
+        self._added_ids = {token.content: token.id for token in added}
+        self.special_tokens = {token.content: token.id for token in added if token.special}
+        """Control tokens (those a tokenizer.json marks "special"), text -> id."""
+        self._special_ids = frozenset(self.special_tokens.values())
+
+        known = dict(vocabulary.ordinary) | {token.id: token.content.encode("utf-8", "replace") for token in added}
+        self.vocab_size = len(known)
+        """Number of known ids, added tokens included; a model's embedding may have more rows (padding)."""
+        self._bytes = [known.get(id, b"") for id in range(max(known, default=-1) + 1)]
+
+        self._control = AddedTokenMatcher(token for token in added if token.special)
+        # Two passes, before and after normalisation, as a tokenizer.json's "normalized" flags ask for.
+        self._plain_passes, self._full_passes = (
+            tuple(
+                AddedTokenMatcher(
+                    replace(token, content=self._engine.normalize(token.content)) if normalized else token
+                    for token in added
+                    if token.normalized is normalized and (full or not token.special)
+                )
+                for normalized in (False, True)
+            )
+            for full in (False, True)
+        )
+
+    @classmethod
+    def from_folder(cls, path: Path) -> "Tokenizer":
+        """The tokenizer of a model folder: its tokenizer.json; else vocab.json + merges.txt; else qwen.tiktoken.
+
+        Raises FileNotFoundError if the folder has none of them, ValueError naming the file that is corrupt or that
+        holds another kind of tokenizer.
+        """
+        return cls(vocabulary.read_folder(Path(path)))
+
+    @classmethod
+    def from_bpe(
+        cls, tokens: Sequence[str], merges: Sequence[str], token_types: Sequence[int] | None, pre: str
+    ) -> "Tokenizer":
+        """The byte-level BPE vocabulary embedded in a GGUF file.
+
+        tokens, merges, token_types and pre are the values of tokenizer.ggml.tokens, .merges, .token_type (1 normal,
+        3 control, 4 user-defined, 5 unused; None: tokens written <|like this|> are control tokens) and .pre.
+        Raises ValueError for a `pre` that is not known, and for lists that do not fit together.
+        """
+        return cls(vocabulary.from_gguf_lists(tokens, merges, token_types, pre))
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of `text`, with nothing added before or after it.
+
+        Control tokens written in the text are spelled out as plain text, or, with allow_special, become their ids.
+        Added tokens that are not control tokens (<think>, <tool_call>) become their ids either way. Half a surrogate
+        pair becomes U+FFFD. Bytes for which a vocabulary has no token (SmolLM2 lacks some) vanish, as they did when
+        the model was trained.
+        """
+        before, after = self._full_passes if allow_special else self._plain_passes
+        ids: list[int] = []
+        for piece in before.split(_well_formed(text)):
+            if isinstance(piece, int):
+                ids.append(piece)
+            elif after.empty:
+                ids.extend(self._engine.encode(piece))
+            else:
+                for part in after.split(self._engine.normalize(piece)):
+                    ids.extend([part] if isinstance(part, int) else self._engine.encode(part))
+        return ids
+
+    def split_control(self, text: str) -> Iterator[str | int]:
+        """Cut `text` at the control tokens written in it: stretches of plain text, and control ids, in order."""
+        return self._control.split(text)
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`: their bytes end to end, read as UTF-8, with U+FFFD for what is not UTF-8.
+
+        skip_special leaves control tokens out. Ids beyond the vocabulary (a padded embedding) decode to nothing.
+        """
+        special = self._special_ids if skip_special else ()
+        return b"".join(self.token_bytes(id) for id in ids if id not in special).decode("utf-8", "replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one token stands for; b"" for an id beyond the vocabulary."""
+        return self._bytes[id] if 0 <= id < len(self._bytes) else b""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of the added token, or else of the ordinary token, that reads exactly `token`; None without one."""
+        added = self._added_ids.get(token)
+        return self._ordinary_ids.get(token.encode("utf-8", "replace")) if added is None else added
+
+    def is_special(self, id: int) -> bool:
+        """Whether `id` is a control token."""
+        return id in self._special_ids
+
+    @cached_property
+    def _ordinary_ids(self) -> dict[bytes, int]:
+        return {token: id for id, token in enumerate(self._bytes) if token}
+
+
+def _well_formed(text: str) -> str:
+    """`text` with each surrogate that stands alone (JSON can carry them) replaced by U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -1,0 +1,1 @@
+"""Names and bytes on disk: find a model, verify it, stream its tensors, load it. Imports linear and below."""

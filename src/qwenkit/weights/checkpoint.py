@@ -1,0 +1,187 @@
+"""What a model on disk is, whatever its format. In: a folder or a .gguf file. Out: a `Checkpoint`.
+
+A Checkpoint knows the configuration, the tensors (under Hugging Face's names, none of them read yet), the tokenizer, the
+way of writing conversations, and where an answer ends. Files of a model folder are data: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from qwenkit.text.chat import ChatFormat, JinjaChat
+from qwenkit.text.chat_qwen1 import Qwen1Chat
+from qwenkit.text.tokenizer import Tokenizer
+from qwenkit.weights import names
+from qwenkit.weights.gguf_model import QWEN1_WINDOW, GgufCheckpoint
+from qwenkit.weights.safetensors_files import has_safetensors, read_safetensors
+from qwenkit.weights.stored import StoredTensor, read_json
+from qwenkit.weights.torch_files import has_torch_files, read_torch_files
+
+__all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
+
+
+class Checkpoint(Protocol):
+    @property
+    def path(self) -> Path:
+        """The folder or file."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json, or what it would be."""
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json; empty where there is none."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer; empty where the model does not say."""
+
+    def tensors(self) -> Iterator[StoredTensor]:
+        """Every tensor, named as Hugging Face names it. Reads names and shapes only."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Read once, then the same one. ValueError or FileNotFoundError when there is none that can be read."""
+
+    def chat(self) -> ChatFormat | None:
+        """How conversations are written for this model; None for one that has no such form."""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A model folder or a .gguf file.
+
+    Raises FileNotFoundError when the path, its config.json or a shard is missing, ValueError when a file is corrupt.
+    """
+    if path.is_dir():
+        return FolderCheckpoint.open(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.suffix.lower() != ".gguf":
+        raise ValueError(f"{path} is neither a model folder nor a .gguf file")
+    return GgufCheckpoint.open(path)
+
+
+@dataclass(frozen=True)
+class FolderCheckpoint:
+    """A folder as Hugging Face lays it out: config.json, weights in safetensors or torch files, tokenizer files."""
+
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> FolderCheckpoint:
+        if not (path / "config.json").is_file():
+            inside = sorted(path.glob("*.gguf"))
+            hint = f"; it holds {inside[0].name}, which can be named itself" if inside else ""
+            raise FileNotFoundError(f"{path} has no config.json, so it is no model folder{hint}")
+        config = read_json(path / "config.json")
+        generation = path / "generation_config.json"
+        return cls(path, config, read_json(generation) if generation.is_file() else {})
+
+    @property
+    def _is_qwen1(self) -> bool:
+        return self.config.get("model_type") == "qwen"
+
+    @property
+    def _is_qwen1_chat(self) -> bool:
+        return self._is_qwen1 and self.generation_config.get("chat_format") != "raw"
+
+    @cached_property
+    def _tokenizer_config(self) -> dict[str, Any]:
+        path = self.path / "tokenizer_config.json"
+        return read_json(path) if path.is_file() else {}
+
+    def tensors(self) -> Iterator[StoredTensor]:
+        """See `Checkpoint.tensors`. safetensors are preferred where a folder has both kinds."""
+        if has_safetensors(self.path):
+            stored = read_safetensors(self.path)
+        elif has_torch_files(self.path):
+            stored = read_torch_files(self.path)
+        else:
+            raise FileNotFoundError(f"{self.path} has no weights: neither model.safetensors nor pytorch_model.bin")
+        translate = names.from_qwen1 if self._is_qwen1 else names.from_hugging_face
+        for tensor in stored:
+            for part in translate(tensor.name):
+                yield names.apply(part, tensor)
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.path)
+
+    def chat(self) -> ChatFormat | None:
+        """The template of chat_template.jinja or tokenizer_config.json; Qwen-1, which has none, its own ChatML.
+
+        Raises ValueError naming the file when the template has an unknown form.
+        """
+        template = self._template()
+        if template is not None:
+            return JinjaChat(self.tokenizer(), template, variables=self._named_tokens())
+        if not self._is_qwen1_chat:
+            return None
+        window = self.generation_config.get("max_window_size", QWEN1_WINDOW)
+        if type(window) is not int or window < 1:
+            raise ValueError(
+                f"{self.path / 'generation_config.json'}: max_window_size is {window!r}, "
+                "but a whole number of at least 1 is needed"
+            )
+        return Qwen1Chat(self.tokenizer(), max_window_size=window)
+
+    def _named_tokens(self) -> dict[str, str]:
+        """What a template may call bos_token, eos_token, …"""
+        named = {key: _content(value) for key, value in self._tokenizer_config.items() if key.endswith("_token")}
+        return {key: value for key, value in named.items() if isinstance(value, str)}
+
+    def _template(self) -> str | None:
+        path = self.path / "chat_template.jinja"
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise ValueError(f"{path} is not valid UTF-8") from None
+        where = self.path / "tokenizer_config.json"
+        template = self._tokenizer_config.get("chat_template")
+        if isinstance(template, list):
+            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+            if "default" not in named:
+                raise ValueError(f"{where}: chat_template lists {sorted(map(str, named))}, but none is named 'default'")
+            template = named["default"]
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"{where}: chat_template must be a string or a list of named templates")
+        return template
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """See `Checkpoint.eos_token_ids`: generation_config.json, else config.json, else tokenizer_config.json."""
+        ids = _token_ids(self.path / "generation_config.json", self.generation_config)
+        if self._is_qwen1_chat:
+            special = (self._token_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
+            ids += tuple(token for token in special if token is not None)
+        ids = ids or _token_ids(self.path / "config.json", self.config)
+        if not ids:
+            token = self._token_id(_content(self._tokenizer_config.get("eos_token")))
+            ids = () if token is None else (token,)
+        return tuple(dict.fromkeys(ids))
+
+    def _token_id(self, token: object) -> int | None:
+        return self.tokenizer().token_id(token) if isinstance(token, str) else None
+
+
+def _content(token: Any) -> Any:
+    """tokenizer_config.json writes a token as its text, or as an object with the text in "content"."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, found {value!r}")
+    return tuple(ids)

@@ -1,0 +1,107 @@
+"""safetensors: one file, or shards with an index. In: a folder. Out: its tensors, nothing of them read yet.
+
+The header is checked whole before anything is believed: its length against the file, every type, shape and range, and that
+the ranges cover the data exactly, without holes or overlaps, as the format demands.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from qwenkit.weights.stored import DTYPES, StoredTensor, check_shard, plain_tensor, shards
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000  # the limit of the reference implementation
+
+
+def has_safetensors(folder: Path) -> bool:
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+def read_safetensors(folder: Path) -> list[StoredTensor]:
+    """Every tensor of `model.safetensors`, or of the shards that its index lists.
+
+    Raises FileNotFoundError for a missing shard, ValueError (naming the file) for one that is truncated or corrupt, or
+    that lacks a tensor the index promised.
+    """
+    if (folder / SINGLE).is_file():
+        return read_file(folder / SINGLE)
+    tensors: dict[str, StoredTensor] = {}
+    for shard, expected in shards(folder / INDEX).items():
+        found = {tensor.name: tensor for tensor in read_file(folder / shard)}
+        check_shard(folder / shard, expected, set(found))
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise ValueError(f"{folder / shard}: tensor {min(twice)} is also in another shard")
+        tensors |= found
+    return list(tensors.values())
+
+
+def read_file(path: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file. ValueError naming it when it is truncated or corrupt."""
+    header, data_start, size = _header(path)
+    spans: list[tuple[int, int, StoredTensor]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (begin, end) = _entry(path, name, entry)
+        expected = math.prod(shape) * DTYPES[dtype].itemsize
+        if end - begin != expected:
+            raise ValueError(
+                f"{path}: tensor {name} of shape {list(shape)} and type {dtype} needs {expected} bytes, "
+                f"the header gives it {end - begin}"
+            )
+        spans.append((begin, end, plain_tensor(path, name, shape, dtype, data_start + begin)))
+    spans.sort(key=lambda span: span[:2])
+    position = 0
+    for begin, end, tensor in spans:
+        if begin != position:
+            raise ValueError(f"{path}: tensor {tensor.name} starts at byte {begin} of the data, expected {position}")
+        position = end
+    if data_start + position != size:
+        what = "is truncated" if size < data_start + position else "has bytes after its last tensor"
+        raise ValueError(f"{path} {what}: expected {data_start + position} bytes, found {size}")
+    return [tensor for _, _, tensor in spans]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The parsed header, where the data starts, and the size of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(
+                f"{path} is truncated or no safetensors file: a header of {length} bytes in a file of {size}"
+            )
+        try:
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: the safetensors header is corrupt: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the safetensors header is corrupt: it holds no JSON object")
+    return header, 8 + length, size
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return fields
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(span) or len(span) != 2 or span[0] > span[1]:
+        raise ValueError(f"{path}: the header of tensor {name} is corrupt")
+    if dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {name} has type {dtype}; known types are {', '.join(DTYPES)}")
+    return dtype, tuple(shape), (span[0], span[1])
+
+
+def _sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -1,0 +1,146 @@
+"""What a tensor on disk is, and which files of a folder hold them.
+
+In: paths. Out: `StoredTensor`, a name, a shape and a way to read rows of it; the shards that an index lists; JSON files.
+Whatever the format, a tensor is read in runs of rows of its first dimension: so a model is filled with a few megabytes of
+scratch memory, and a part of a foreign tensor (a third of a fused projection, one expert of a stack) is read without the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Bytes = npt.NDArray[np.uint8]
+
+# The names that safetensors gives to torch's types; every format reports its plain types by these.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+_CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint, not read yet.
+
+    `dtype` is the file's word for it ("BF16", "Q4_1"). `read(start, stop)` gives those rows of the first dimension,
+    (stop - start, *shape[1:]); blocks of a quantized type come dequantized to fp32. `read_raw`, only where the type is
+    quantized, gives the same rows as they lie in the file: uint8, the last dimension in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[int, int], torch.Tensor]
+    read_raw: Callable[[int, int], Bytes] | None = None
+
+    def load(self) -> torch.Tensor:
+        """The whole tensor, in memory of its own. ValueError when the file turns out shorter than its header said."""
+        return self.read(0, self.shape[0] if self.shape else 1)
+
+    def raw(self) -> Bytes | None:
+        """All quantized blocks as they lie in the file, (*shape[:-1], bytes of a row); None for a plain type."""
+        return self.read_raw(0, self.shape[0]) if self.read_raw is not None else None
+
+    def copy_to(self, out: torch.Tensor) -> None:
+        """Fill `out` (same shape, any dtype and device) a few rows at a time."""
+        assert out.shape == self.shape
+        if not self.shape:
+            out.copy_(self.load())
+            return
+        rows = max(1, _CHUNK_ELEMENTS // max(1, math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], rows):
+            stop = min(start + rows, self.shape[0])
+            out[start:stop].copy_(self.read(start, stop))
+
+    @property
+    def is_integer(self) -> bool:
+        return self.dtype in DTYPES and not DTYPES[self.dtype].is_floating_point
+
+
+def plain_tensor(path: Path, name: str, shape: tuple[int, ...], dtype: str, offset: int) -> StoredTensor:
+    """A tensor whose elements lie in order from byte `offset` of the file, in one of `DTYPES`."""
+    row_bytes = math.prod(shape[1:]) * DTYPES[dtype].itemsize
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        rows_shape = (stop - start, *shape[1:]) if shape else ()
+        if 0 in rows_shape:
+            return torch.empty(rows_shape, dtype=DTYPES[dtype])
+        data = read_bytes(path, offset + start * row_bytes, (stop - start) * row_bytes)
+        return torch.from_numpy(data).view(DTYPES[dtype]).reshape(rows_shape)
+
+    return StoredTensor(name, shape, dtype, read)
+
+
+def read_bytes(path: Path, offset: int, count: int) -> Bytes:
+    """`count` bytes of a file from `offset`, in memory of their own.
+
+    A plain read rather than a memory map: pages of a map count as the process's memory, and a file that is cut while it
+    is mapped kills the process.
+    """
+    data = np.empty(count, dtype=np.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < count:
+            got = file.readinto(data.data[done:])
+            if not got:
+                raise ValueError(f"{path} is truncated: {count} bytes expected at offset {offset}, found {done}")
+            done += got
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object. ValueError naming the file when it does not."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def shards(index_path: Path) -> dict[str, set[str]]:
+    """Read a `*.index.json`: for each shard's file name, the tensors that must be in it.
+
+    Raises ValueError for a malformed index or a shard outside the folder, FileNotFoundError for a shard that is not there.
+    """
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index_path}: weight_map must be an object of tensor name to file name")
+    found: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            raise ValueError(f"{index_path}: tensor {tensor} is said to be in {shard!r}, which is no plain file name")
+        found.setdefault(shard, set()).add(tensor)
+    missing = [shard for shard in sorted(found) if not (index_path.parent / shard).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{index_path.parent / missing[0]}{more} is missing, but {index_path.name} lists it")
+    return dict(sorted(found.items()))
+
+
+def check_shard(shard: Path, expected: set[str], found: set[str]) -> None:
+    """ValueError when a shard lacks tensors that its index promised."""
+    absent = sorted(expected - found)
+    if absent:
+        raise ValueError(f"{shard} lacks {len(absent)} tensors that the index places in it, the first is {absent[0]}")

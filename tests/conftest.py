@@ -1,0 +1,62 @@
+"""Fixtures shared by every test folder."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from qwenkit import ops
+from qwenkit.ops.cpu.library import INSTRUCTION_SETS, open_library
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The same examples in every run, so that a red run says something about the change at hand; HYPOTHESIS_PROFILE=search looks for
+# new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Which implementation of the ops the tests run on: the reference, unless QWENKIT_OPS names an instruction set (`make test` runs
+# the tests of model and engine on each). Tests that choose another put this one back.
+OPS = os.environ.setdefault("QWENKIT_OPS", "reference")
+
+
+def pytest_sessionstart() -> None:
+    assert OPS in ops.IMPLEMENTATIONS, f"QWENKIT_OPS is {OPS!r}, allowed are {', '.join(ops.IMPLEMENTATIONS)}"
+    try:
+        ops.use(OPS)
+    except ValueError as error:  # this machine or this build does not have it
+        pytest.exit(f"skipped: {error}", returncode=0)
+
+
+torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it brings
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Golden files that travel with the project."""
+    return ROOT / "tests" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data too large to travel with the project: a `shared` folder beside the checkout."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the data folder {folder.name}/ beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The ops run on each instruction set of the native library that this machine has."""
+    try:
+        open_library(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    ops.use(request.param)
+    yield request.param
+    ops.use(OPS)

@@ -1,0 +1,140 @@
+"""The sampler against a plain float64 reading of its rules."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenkit.engine import sampler
+from qwenkit.engine.request import Sequence
+from qwenkit.engine.sampling import SamplingParams
+from qwenkit.text.stream import Detokenizer
+from qwenkit.text.tokenizer import Tokenizer
+from tests.engine.conftest import GREEDY
+
+
+def sequence(tokenizer: Tokenizer, prompt: list[int], output: list[int] = [], **fields: Any) -> Sequence:  # noqa: B006
+    params = SamplingParams(**fields).with_defaults(GREEDY)
+    return Sequence(
+        request_id=0,
+        index=0,
+        tokens=prompt + output,
+        num_prompt=len(prompt),
+        params=params,
+        seed=params.seed or 0,
+        max_tokens=100,
+        stop_ids=frozenset({3}),
+        detokenizer=Detokenizer(tokenizer),
+        stop_strings=None,
+        output_counts=Counter(output),
+    )
+
+
+def naive_distribution(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> dict[int, float]:
+    """Temperature, top_k, top_p, min_p one after the other over a sorted list, renormalised after each."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    if top_k > 0:
+        order = order[:top_k]
+    weights = [math.exp((logits[i] - logits[order[0]]) / temperature) for i in order]
+    weights = [weight / sum(weights) for weight in weights]
+    kept, total = 0, 0.0
+    while kept < len(order) and (kept == 0 or total < top_p or top_p == 1):
+        total += weights[kept]
+        kept += 1
+    chosen = {i: weight for i, weight in zip(order[:kept], weights, strict=False) if weight >= min_p * weights[0]}
+    return {i: weight / sum(chosen.values()) for i, weight in chosen.items()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.sampled_from([5, 40, 700]),
+    temperature=st.floats(0.1, 3.0),
+    top_k=st.sampled_from([-1, 0, 1, 3, 50, 10_000]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    spread=st.sampled_from([0.1, 2.0, 6.0]),
+)
+def test_cuts_keep_what_the_rules_keep(
+    tokenizer: Tokenizer,
+    seed: int,
+    size: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    spread: float,
+) -> None:
+    logits = torch.tensor(np.random.default_rng(seed).normal(size=size) * spread, dtype=torch.float32)
+    row = sequence(tokenizer, [1], temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    probabilities, ids = sampler._candidates(logits / temperature, row)
+    kept = range(size) if ids is None else ids.tolist()
+    mine = dict(zip(kept, (probabilities / probabilities.sum()).tolist(), strict=True))
+    expected = naive_distribution(logits.tolist(), temperature, top_k, top_p, min_p)
+    doubtful = set(mine) ^ set(expected)  # fp32 and float64 may differ about a token exactly at the edge of top_p
+    assert len(doubtful) <= 1
+    assert all(
+        max(mine.get(i, 0), expected.get(i, 0)) <= min([*mine.values(), *expected.values()]) + 1e-6 for i in doubtful
+    )
+    agreed = set(mine) & set(expected)  # their shares among themselves: a doubtful token takes its share from all others
+    total, expected_total = sum(mine[i] for i in agreed), sum(expected[i] for i in agreed)
+    for i in agreed:
+        assert mine[i] / total == pytest.approx(expected[i] / expected_total, rel=1e-4)
+
+
+def test_draws_follow_the_distribution(tokenizer: Tokenizer) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
+    expected = torch.softmax(logits[0] / 0.8, -1)
+    count = 4000
+    tally = Counter(
+        sampler.sample(logits.clone(), [sequence(tokenizer, [1], temperature=0.8, seed=seed)])[0].token_id
+        for seed in range(count)
+    )
+    for token, probability in enumerate(expected.tolist()):
+        deviation = math.sqrt(count * probability * (1 - probability))
+        assert abs(tally[token] - count * probability) < 4.5 * deviation
+
+
+def test_uniform_is_a_function_of_seed_index_and_place() -> None:
+    values = {(s, i, p): sampler.uniform(s, i, p) for s in (0, 1, -5, 2**62) for i in range(3) for p in range(50)}
+    assert len(set(values.values())) == len(values)
+    assert all(0 <= value < 1 for value in values.values())
+    assert abs(np.mean(list(values.values())) - 0.5) < 0.05
+    assert all(sampler.uniform(*key) == value for key, value in values.items())
+
+
+def test_penalties_bias_and_min_tokens(tokenizer: Tokenizer) -> None:
+    logits = torch.tensor([2.0, -2.0, 4.0, 9.0, 1.0, -1.0])
+    row = sequence(
+        tokenizer,
+        [0, 1],
+        [2, 2, 4],
+        repetition_penalty=1.25,
+        frequency_penalty=0.5,
+        presence_penalty=0.25,
+        logit_bias={5: 3.0, 0: 0.5},
+        min_tokens=4,
+    )
+    sampler._adjust(logits, row)
+    expected = [2.5 / 1.25, -2.0 * 1.25, 4.0 / 1.25 - 2 * 0.5 - 0.25, -math.inf, 1.0 / 1.25 - 0.5 - 0.25, 2.0]
+    assert logits.tolist() == pytest.approx(expected)
+
+
+def test_greedy_ties_and_tiny_temperature(tokenizer: Tokenizer) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 5.0]])
+    rows = [sequence(tokenizer, [1], temperature=0.0), sequence(tokenizer, [1], temperature=1e-6)]
+    assert [choice.token_id for choice in sampler.sample(logits, rows)] == [1, 2]
+
+
+def test_a_bias_of_minus_a_hundred_bars_a_token(tokenizer: Tokenizer) -> None:
+    logits = torch.zeros(1, 4)
+    for seed in range(50):
+        row = sequence(tokenizer, [1], temperature=1.0, seed=seed, logit_bias={0: -100.0, 1: -100.0, 2: -100.0})
+        assert sampler.sample(logits.clone(), [row])[0].token_id == 3

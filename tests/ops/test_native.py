@@ -1,0 +1,182 @@
+"""The native ops against the reference, on every instruction set of this machine and on ragged shapes."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwenkit import ops
+from qwenkit.ops import packed, reference
+from qwenkit.ops.packed import PackedWeight
+
+relaxed = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+seeds = st.integers(0, 10_000)
+
+
+pytestmark = pytest.mark.usefixtures("instruction_set")
+
+
+def native_result(name: str, *arguments: object) -> torch.Tensor:
+    """The op by the native library, which must not have declined."""
+    native = ops.native()
+    assert native is not None
+    return getattr(native, name)(*arguments)
+
+
+@relaxed
+@given(rows=st.integers(1, 5), dim=st.integers(1, 70), seed=seeds)
+def test_elementwise_ops(rows: int, dim: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    a, b, weight = torch.randn(rows, dim) * 4, torch.randn(rows, dim), torch.randn(dim)
+    for name, arguments in (("rms_norm", (a, weight, 1e-5)), ("silu_mul", (a, b)), ("add", (a, b))):
+        expected = getattr(reference, name)(*arguments)
+        torch.testing.assert_close(native_result(name, *arguments), expected, atol=2e-6, rtol=2e-6)
+
+
+@relaxed
+@given(tokens=st.integers(1, 5), heads=st.integers(1, 4), half=st.integers(1, 40), rest=st.integers(0, 9), seed=seeds)
+def test_rotate(tokens: int, heads: int, half: int, rest: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, angles = torch.randn(tokens, heads, 2 * half + rest), torch.randn(tokens, half)
+    arguments = (x, angles.cos(), angles.sin())
+    torch.testing.assert_close(native_result("rotate", *arguments), reference.rotate(*arguments), atol=1e-6, rtol=1e-6)
+
+
+def packed_weights(rows: int, cols: int, kind: str) -> PackedWeight:
+    weight = torch.randn(rows, cols)
+    if kind == "bf16":
+        return packed.pack_bfloat16(weight)
+    if kind in ("int8", "int4"):
+        return packed.quantize(weight, int(kind[3:]))
+    bits = int(kind[0])
+    group = packed.group_for(cols)
+    codes = torch.randint(0, 1 << bits, (rows, cols), dtype=torch.uint8)
+    scale, offset = torch.rand(2, rows, cols // group) / (1 << bits)
+    return PackedWeight(
+        bits,
+        rows,
+        cols,
+        group,
+        packed.pack_codes(codes, bits),
+        packed.pack_groups(scale),
+        packed.pack_groups(-offset * 4),
+    )
+
+
+@relaxed
+@given(
+    tokens=st.sampled_from([1, 2, 3, 5, 11, 12, 13, 30]),
+    rows=st.sampled_from([1, 15, 16, 33, 64, 100]),
+    cols=st.sampled_from([32, 64, 96, 128, 320]),
+    kind=st.sampled_from(["bf16", "int8", "int4", "8 bits with offset", "4 bits with offset"]),
+    bias=st.booleans(),
+    seed=seeds,
+)
+def test_packed_linear(tokens: int, rows: int, cols: int, kind: str, bias: bool, seed: int) -> None:
+    """Against the reference on activations that int8 holds exactly, so that only the order of sums differs."""
+    torch.manual_seed(seed)
+    weight = packed_weights(rows, cols, kind)
+    x = torch.randint(-127, 128, (tokens, cols)).float()
+    x[:, :: weight.group] = 127.0  # the largest value of every group, so that its scale is one step
+    x = x.view(tokens, -1, weight.group)
+    x = (x * torch.rand(tokens, cols // weight.group, 1).add(0.1)).flatten(1)
+    padded = torch.nn.functional.pad(torch.randn(rows), (0, -rows % packed.ROWS)) if bias else None
+    out = native_result("packed_linear", x, weight, padded)
+    expected = reference.packed_linear(x.double(), weight, None if padded is None else padded.double())
+    scale = expected.abs().max().item() + 1e-3
+    torch.testing.assert_close(out.double(), expected, atol=3e-6 * scale * cols**0.5, rtol=1e-5)
+
+
+@relaxed
+@given(
+    tokens=st.integers(1, 4), cols=st.sampled_from([64, 128, 896]), kind=st.sampled_from(["int8", "int4"]), seed=seeds
+)
+def test_rounding_of_activations_costs_little(tokens: int, cols: int, kind: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    weight, x = packed_weights(48, cols, kind), torch.randn(tokens, cols)
+    expected = reference.packed_linear(x, weight, None)
+    error = (native_result("packed_linear", x, weight, None) - expected).norm() / expected.norm()
+    assert error < 0.015
+
+
+@relaxed
+@given(kind=st.sampled_from(["bf16", "int8", "int4", "8 bits with offset", "4 bits with offset"]), seed=seeds)
+def test_embedding(kind: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    weight = packed_weights(75, 128, kind)
+    ids = torch.randint(0, 75, (9,))
+    expected = packed.dequantize(weight)[ids]
+    torch.testing.assert_close(reference.embedding(ids, weight), expected)
+    torch.testing.assert_close(native_result("embedding", ids, weight), expected)
+
+
+@relaxed
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=4),
+    block_size=st.sampled_from([1, 3, 16, 32]),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 7]),
+    dim=st.sampled_from([16, 20, 64, 128]),
+    window=st.one_of(st.none(), st.integers(1, 40)),
+    seed=seeds,
+)
+def test_paged_attention(
+    lengths: list[tuple[int, int]], block_size: int, kv_heads: int, group: int, dim: int, window: int | None, seed: int
+) -> None:
+    """Decode rows and prompt chunks mixed; slots that belong to nobody hold NaN."""
+    torch.manual_seed(seed)
+    totals = [new + old for new, old in lengths]
+    counts = [-(-total // block_size) for total in totals]
+    order = torch.randperm(sum(counts), dtype=torch.int32)
+    tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+    keys, values = torch.full((2, sum(counts), block_size, kv_heads, dim), torch.nan)
+    for row, (table, total) in enumerate(zip(order.split(counts), totals, strict=True)):
+        tables[row, : len(table)] = table
+        slots = torch.tensor([int(table[p // block_size]) * block_size + p % block_size for p in range(total)])
+        ops.write_cache(torch.randn(total, kv_heads, dim), torch.randn(total, kv_heads, dim), keys, values, slots)
+    starts = torch.tensor([0, *itertools.accumulate(new for new, _ in lengths)])
+    q = torch.randn(int(starts[-1]), kv_heads * group, dim) * 2
+    arguments = (q, keys, values, starts, torch.tensor(totals), tables, window)
+    torch.testing.assert_close(
+        native_result("paged_attention", *arguments), reference.paged_attention(*arguments), atol=3e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_not_lost(bad: float) -> None:
+    """A broken value must reach the logits, where it is noticed, not vanish in a rounding."""
+    x = torch.randn(2, 64)
+    x[1, 37] = bad
+    for kind in ("bf16", "int8", "int4"):
+        out = native_result("packed_linear", x, packed_weights(40, 64, kind), None)
+        assert out[0].isfinite().all()
+        assert not out[1].isfinite().any()
+    assert not native_result("rms_norm", x, torch.ones(64), 1e-6)[1].isfinite().all()
+    if bad != -torch.inf:
+        assert not native_result("silu_mul", x, torch.ones(2, 64))[1, 37].isfinite()
+    assert not native_result("add", x, torch.ones(2, 64))[1, 37].isfinite()
+    q, (keys, values) = torch.randn(1, 2, 32), torch.randn(2, 1, 16, 1, 32)
+    values[0, 3, 0, 5] = bad
+    tables, one = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1])
+    out = native_result("paged_attention", q, keys, values, one, torch.tensor([9]), tables, None)
+    assert not out[0, :, 5].isfinite().any()
+    keys[0, 3] = torch.nan
+    assert native_result("paged_attention", q, keys, values, one, torch.tensor([9]), tables, None).isnan().all()
+
+
+def test_gradients_and_other_types_go_to_the_reference() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    ops.rms_norm(x, torch.ones(8), 1e-6).sum().backward()
+    assert x.grad is not None
+    half = torch.randn(3, 8).bfloat16()
+    assert ops.silu_mul(half, half).dtype == torch.bfloat16
+    assert ops.add(x.detach().T, x.detach().T).shape == (8, 3)
+
+
+def test_the_table_says_which_instruction_set_runs(instruction_set: str) -> None:
+    assert ops.implementations()["packed_linear"] == f"native ({instruction_set})"
+    assert ops.implementations()["packed_attention"] == "reference"
