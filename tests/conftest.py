@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The same examples in every run, so that a red run says something about the change at hand; HYPOTHESIS_PROFILE=search looks for
 # new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.register_profile("search", deadline=None, max_examples=1000)
+settings.register_profile("search", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Which implementation of the ops the tests run on: the reference, unless QWENKIT_OPS names an instruction set (`make test` runs

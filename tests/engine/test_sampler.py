@@ -83,7 +83,8 @@ def test_cuts_keep_what_the_rules_keep(
     assert all(
         max(mine.get(i, 0), expected.get(i, 0)) <= min([*mine.values(), *expected.values()]) + 1e-6 for i in doubtful
     )
-    agreed = set(mine) & set(expected)  # their shares among themselves: a doubtful token takes its share from all others
+    # The shares of the others among themselves: a doubtful token takes its own from all of them.
+    agreed = set(mine) & set(expected)
     total, expected_total = sum(mine[i] for i in agreed), sum(expected[i] for i in agreed)
     for i in agreed:
         assert mine[i] / total == pytest.approx(expected[i] / expected_total, rel=1e-4)
