@@ -1,0 +1,28 @@
+"""Who is asking: the key's name, what it keeps apart from others, how urgent it is, and the request's id.
+
+access.py sets it at the door for the task that answers a request; the driver reads it where a route says nothing else, so that
+no route can forget it. A batch worker that calls the app in its own process puts a Caller into the ASGI scope itself, under
+SCOPE_KEY: nothing that comes from the network can do that.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+SCOPE_KEY = "qwenkit.caller"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """`name` is the key's name in logs and metrics, "" without keys; `namespace` separates prefix cache, files and batches."""
+
+    name: str = ""
+    namespace: str = ""
+    is_admin: bool = False
+    priority: int = 0
+    request_id: str = ""
+
+
+caller: ContextVar[Caller] = ContextVar("caller", default=Caller())
+"""The one whose request the running task answers."""

@@ -1,0 +1,353 @@
+"""Driver: the engine's thread on one side, asyncio on the other.
+
+In: prompts and what is wanted of them, from any number of tasks of one event loop. Out: a stream of Deltas for each. Only the
+engine's thread touches the engine; it hands all Deltas of a step over in one call, so that a step costs the event loop one
+wake-up and a token a list append. A stream that is closed early takes its request out before the next step, whatever it is
+doing. The thread's heartbeat tells a busy engine from a stuck one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwenkit.engine.engine import Engine
+from qwenkit.engine.request import Delta
+from qwenkit.engine.sampling import SamplingParams
+from qwenkit.serve.caller import Caller, caller
+from qwenkit.serve.errors import ApiError, internal_error
+from qwenkit.serve.metrics import Metrics
+
+log = logging.getLogger("qwenkit.serve")
+
+IDLE_BEAT = 0.5  # seconds between heartbeats of an idle engine
+FAILURES = 3  # steps in a row that raise before the engine counts as broken
+RETRY_AFTER = "2"
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """One request between the two sides. The event loop owns it, but for `engine_id`, which is the thread's."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    settings: dict[str, Any]
+    caller: Caller
+    request_id: str
+    arrived: float
+    pending: list[Delta] = field(default_factory=list)
+    error: Exception | None = None
+    waiter: asyncio.Future[None] | None = None
+    queued: bool = True  # counted among the waiting: nothing has come back yet
+    first: float = 0.0
+    last: float = 0.0
+    num_tokens: int = 0
+    open_answers: int = 0
+    engine_id: int | None = None
+
+
+class Driver:
+    """Runs `engine` in a thread of its own between `start` and `stop`.
+
+    Refused with ApiError 429: what would make more than `max_queued` requests or `max_queued_tokens` prompt tokens wait. One
+    request alone may be longer than that, else nothing could ever serve it. `stall_timeout`: seconds in which a living engine's
+    thread comes by.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_queued: int = 512,
+        max_queued_tokens: int = 1_000_000,
+        stall_timeout: float = 60.0,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.engine = engine
+        self.max_queued = max_queued
+        self.max_queued_tokens = max_queued_tokens
+        self.stall_timeout = stall_timeout
+        self.metrics = metrics or Metrics()
+        self.draining = False
+        self._inbox: deque[tuple[str, Any]] = deque()
+        self._bell = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._beat = time.monotonic()
+        self._failures = 0
+        self._open: set[_Ticket] = set()
+        self._by_engine_id: dict[int, _Ticket] = {}  # the thread's
+        self._num_queued = 0
+        self._queued_tokens = 0
+
+    def start(self) -> None:
+        """Start the engine's thread. Called once."""
+        assert self._thread is None, "a driver starts once"
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no new requests; wait until all accepted ones are answered, at most `timeout` seconds. Whether all were."""
+        self.draining = True
+        until = time.monotonic() + timeout
+        while self._open and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        finished = not self._open
+        for ticket in list(self._open):
+            self._fail(ticket, ApiError(503, "the server is shutting down", "server_error", code="shutting_down"))
+        return finished
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """End the thread after the step it is in. What still runs is dropped."""
+        with self._bell:
+            self._stopping = True
+            self._bell.notify()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    @property
+    def heartbeat_age(self) -> float:
+        """Seconds since the engine's thread last came by."""
+        return time.monotonic() - self._beat
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine's thread lives, comes by, and can compute."""
+        alive = self._thread is not None and self._thread.is_alive()
+        return alive and self.heartbeat_age <= self.stall_timeout and self._failures < FAILURES
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests accepted of which nothing has come back yet."""
+        return self._num_queued
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._open) - self._num_queued
+
+    async def stream(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        priority: int | None = None,
+        cache_namespace: str | None = None,
+        request_id: str = "",
+    ) -> AsyncIterator[Delta]:
+        """What the engine adds to the answers of one request, until all `params.n` are finished.
+
+        What is None comes from the Caller of the running task. Raises ApiError (429, 503, 500) or ValueError, from a prompt
+        or params that cannot be, before the first Delta; 500 later when the engine fails at this request. Closing the
+        generator takes the request out of the engine.
+        """
+        who = caller.get()
+        settings: dict[str, Any] = {
+            "priority": who.priority if priority is None else priority,
+            "cache_namespace": who.namespace if cache_namespace is None else cache_namespace,
+        }
+        if adapter is not None:
+            settings["adapter"] = adapter
+        ticket = self._admit(_Ticket(prompt, params, settings, who, request_id or who.request_id, time.monotonic()))
+        try:
+            while ticket.open_answers or ticket.pending:
+                if not ticket.pending:
+                    if ticket.error is not None:
+                        raise ticket.error
+                    assert self._loop is not None
+                    ticket.waiter = self._loop.create_future()
+                    await ticket.waiter
+                pending, ticket.pending = ticket.pending, []
+                for delta in pending:
+                    yield delta
+        finally:
+            self._close(ticket)
+
+    def call(self, function: Callable[[Engine], Any]) -> asyncio.Future[Any]:
+        """Run something on the engine's thread between two steps (loading an adapter); its result, or what it raised."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._send("call", (function, loop, future))
+        return future
+
+    # The event loop's side.
+
+    def _admit(self, ticket: _Ticket) -> _Ticket:
+        if self.draining:
+            raise self._refused("draining", 503, "the server is shutting down", "shutting_down")
+        if not self.healthy:
+            raise self._refused("unhealthy", 503, "the engine does not respond", "engine_unhealthy")
+        self.engine.check_prompt(ticket.prompt)
+        if self._num_queued >= self.max_queued:
+            raise self._refused("queue_full", 429, f"{self._num_queued} requests are waiting already", "queue_full")
+        length = len(ticket.prompt)
+        if self._num_queued and self._queued_tokens + length > self.max_queued_tokens:
+            raise self._refused(
+                "queue_tokens", 429, f"{self._queued_tokens} prompt tokens are waiting already", "queue_full"
+            )
+        self._loop = asyncio.get_running_loop()
+        ticket.open_answers = ticket.params.n
+        self._num_queued += 1
+        self._queued_tokens += length
+        self._open.add(ticket)
+        self._send("add", ticket)
+        return ticket
+
+    def _refused(self, reason: str, status: int, message: str, code: str) -> ApiError:
+        self.metrics.rejected(reason)
+        kind = "rate_limit_error" if status == 429 else "server_error"
+        return ApiError(status, f"{message}; try again later", kind, code=code, headers={"Retry-After": RETRY_AFTER})
+
+    def _send(self, kind: str, what: Any) -> None:
+        with self._bell:
+            self._inbox.append((kind, what))
+            self._bell.notify()
+
+    def _dequeue(self, ticket: _Ticket) -> None:
+        if ticket.queued:
+            ticket.queued = False
+            self._num_queued -= 1
+            self._queued_tokens -= len(ticket.prompt)
+
+    def _close(self, ticket: _Ticket) -> None:
+        """The stream is over, by whichever side."""
+        self._dequeue(ticket)
+        if ticket in self._open:
+            self._open.discard(ticket)
+            if ticket.open_answers:
+                self.metrics.finished("abort")
+                self._send("abort", ticket)
+
+    def _fail(self, ticket: _Ticket, error: Exception) -> None:
+        ticket.error = error
+        self._wake(ticket)
+
+    @staticmethod
+    def _wake(ticket: _Ticket) -> None:
+        if ticket.waiter is not None and not ticket.waiter.done():
+            ticket.waiter.set_result(None)
+
+    def _deliver(self, batch: list[tuple[_Ticket, Delta]], now: float) -> None:
+        """All Deltas of one step, on the event loop."""
+        gaps = self.metrics.inter_token_latency
+        for ticket, delta in batch:
+            if ticket.queued:
+                self._dequeue(ticket)
+                self._began(ticket, delta, now)
+            else:
+                gaps.observe(now - ticket.last)
+            ticket.last = now
+            ticket.num_tokens += len(delta.token_ids)
+            ticket.pending.append(delta)
+            if delta.finish_reason is not None:
+                ticket.open_answers -= 1
+                self.metrics.finished(delta.finish_reason)
+                if not ticket.open_answers:
+                    self._ended(ticket, now)
+            if ticket.waiter is not None and not ticket.waiter.done():
+                ticket.waiter.set_result(None)
+
+    def _began(self, ticket: _Ticket, delta: Delta, now: float) -> None:
+        metrics = self.metrics
+        ticket.first = now
+        metrics.time_to_first_token.observe(now - ticket.arrived)
+        metrics.prompt_tokens.inc(len(ticket.prompt))
+        metrics.request_prompt_tokens.observe(len(ticket.prompt))
+        metrics.prefix_cache_queries.inc(len(ticket.prompt))
+        metrics.prefix_cache_hits.inc(delta.num_cached_tokens)
+
+    def _ended(self, ticket: _Ticket, now: float) -> None:
+        metrics = self.metrics
+        metrics.generation_tokens.inc(ticket.num_tokens)
+        metrics.request_generation_tokens.observe(ticket.num_tokens)
+        metrics.e2e_latency.observe(now - ticket.arrived)
+        metrics.decode_time.observe(now - ticket.first)
+        if ticket.num_tokens > 1:
+            metrics.time_per_output_token.observe((now - ticket.first) / (ticket.num_tokens - 1))
+
+    # The engine thread's side.
+
+    def _run(self) -> None:
+        engine = self.engine
+        while True:
+            self._beat = time.monotonic()
+            with self._bell:
+                if not self._inbox and not engine.has_work and not self._stopping:
+                    self._bell.wait(IDLE_BEAT)
+                if self._stopping:
+                    return
+                commands = list(self._inbox)
+                self._inbox.clear()
+            for kind, what in commands:
+                self._obey(kind, what)
+            if not engine.has_work:
+                continue
+            try:
+                deltas = engine.step()
+                self._failures = 0
+            except Exception:
+                log.exception("a step of the engine failed")
+                self._failures += 1
+                self._drop_all()
+                continue
+            batch = [
+                (ticket, delta) for delta in deltas if (ticket := self._by_engine_id.get(delta.request_id)) is not None
+            ]
+            if batch:
+                self._to_loop(self._deliver, batch, time.monotonic())
+
+    def _obey(self, kind: str, what: Any) -> None:
+        if kind == "add":
+            try:
+                what.engine_id = self.engine.add(what.prompt, what.params, **what.settings)
+                self._by_engine_id[what.engine_id] = what
+            except Exception as error:
+                if not isinstance(error, ValueError):
+                    log.exception("request %s could not be added", what.request_id)
+                    error = internal_error(what.request_id)
+                self._to_loop(self._fail, what, error)
+        elif kind == "abort":
+            if what.engine_id is not None:
+                self._by_engine_id.pop(what.engine_id, None)
+                self.engine.abort(what.engine_id)
+        else:
+            function, loop, future = what
+            try:
+                result, error = function(self.engine), None
+            except Exception as caught:
+                result, error = None, caught
+            loop.call_soon_threadsafe(_settle, future, result, error)
+
+    def _drop_all(self) -> None:
+        """The engine cannot go on with what it has: every request in it is answered with an error."""
+        for engine_id, ticket in list(self._by_engine_id.items()):
+            self.engine.abort(engine_id)
+            self._to_loop(self._fail, ticket, internal_error(ticket.request_id))
+        self._by_engine_id.clear()
+
+    def _to_loop(self, function: Callable[..., None], *args: Any) -> None:
+        loop = self._loop
+        assert loop is not None
+        try:
+            loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop has been closed: nobody waits any more
+            if not loop.is_closed():
+                raise
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

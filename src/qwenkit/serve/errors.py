@@ -1,0 +1,146 @@
+"""What goes wrong, in the shape that clients of OpenAI's and Anthropic's APIs understand.
+
+In: ApiError raised by a route, a request that its model refuses, an unknown path, a bug. Out: a status and a JSON body with
+message, type, param and code; under /v1/messages the body is Anthropic's. A bug is logged with the request's id and answered
+500 with that id and nothing else of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+log = logging.getLogger("qwenkit.serve")
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+}
+_ANTHROPIC_PATH = "/v1/messages"
+
+
+class ApiError(Exception):
+    """An answer other than 200. `param` is the dotted path of the field at fault, `code` a stable word for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The JSON body; `path` is the request's, which decides between OpenAI's shape and Anthropic's."""
+        if path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/"):
+            kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self, path: str = "") -> JSONResponse:
+        return JSONResponse(self.body(path), self.status, headers=self.headers)
+
+
+def context_too_long(num_prompt: int, num_answer: int, max_model_len: int, param: str = "messages") -> ApiError:
+    """400 for a prompt (and the answer asked for, 0: any) that the context cannot hold; the sentence has all numbers."""
+    asked = f" and {num_answer} tokens were asked for as the answer" if num_answer else ""
+    return ApiError(
+        400,
+        f"the prompt is {num_prompt} tokens long{asked}, but the model's context is {max_model_len} tokens for both",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def internal_error(request_id: str) -> ApiError:
+    """500 that says where to look and nothing of what happened."""
+    where = f" (request id {request_id})" if request_id else ""
+    return ApiError(500, f"the server failed at this request{where}", type="server_error", code="internal_error")
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Every error of the app in one shape. A bug that no route caught is answered by access.RequestScope, outside the app."""
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(HTTPException, _on_http)
+
+
+def _on_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error.response(request.url.path)
+
+
+def _on_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    sentences = {
+        404: (f"there is no route {path}", "not_found"),
+        405: (f"{request.method} is not allowed at {path}", "method_not_allowed"),
+    }
+    detail = str(error.detail)
+    message, code = sentences.get(error.status_code, (detail[:1].lower() + detail[1:], None))
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    return ApiError(error.status_code, message, kind, code=code, headers=error.headers).response(path)
+
+
+def _on_validation(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return refusal(error.errors()).response(request.url.path)
+
+
+def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """400 from pydantic's list of errors: unknown fields by name, else the first thing wrong."""
+    unknown = [_path(error["loc"]) for error in errors if error["type"] == "extra_forbidden"]
+    if unknown:
+        names = ", ".join(unknown[:20])
+        return ApiError(
+            400, f"unknown field{'s' * (len(unknown) > 1)}: {names}", param=unknown[0], code="unknown_parameter"
+        )
+    first = errors[0]
+    param = _path(first["loc"]) or None
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="bad_json")
+    message = str(first["msg"])
+    message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if first["type"] == "missing":
+        message = f"{param or 'the body'} is missing"
+        return ApiError(400, message, param=param, code="missing_required_parameter")
+    given = f" (given: {_short(first.get('input'))})" if first["type"] != "value_error" else ""
+    lead = f"{param}: " if param and first["type"] != "value_error" else ""
+    return ApiError(400, f"{lead}{message[:1].lower() + message[1:]}{given}", param=param, code="invalid_value")
+
+
+def _path(loc: Sequence[Any]) -> str:
+    """Dotted path of a field, without the words that pydantic puts in for the branches of a union."""
+    parts = [str(part) for part in loc if isinstance(part, int) or _is_field(part)]
+    return ".".join(parts[1:] if parts and parts[0] in ("body", "query", "path", "header") else parts)
+
+
+def _is_field(part: str) -> bool:
+    return not ("[" in part or part in ("str", "int", "float", "bool", "dict", "constrained-str") or part[:1].isupper())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,152 @@
+"""Servers for tests: a scripted or a real tiny engine behind uvicorn on a loopback port, in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from qwenkit.serve.app import create_app
+from qwenkit.serve.config import ServeConfig
+from qwenkit.serve.driver import Driver
+from qwenkit.serve.metrics import Metrics
+from qwenkit.serve.server import Server
+from qwenkit.text.chat import ChatFormat, JinjaChat
+from qwenkit.text.tokenizer import Tokenizer
+from tests.serve.scripted import Scripts, ScriptedEngine
+from tests.tiny_models import CHAT_TEMPLATE, write_tokenizer
+
+MODEL = "tiny"
+
+
+@dataclass
+class LiveServer:
+    """`url` has no /v1 at its end. `engine` is the one behind it, scripted unless the test brought another."""
+
+    url: str
+    app: FastAPI
+    server: Server
+    engine: Any
+
+    def get(self, path: str, **kwargs: Any) -> httpx.Response:
+        return httpx.get(self.url + path, **kwargs)
+
+    def post(self, path: str, json: Any = None, **kwargs: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=json, **kwargs)
+
+
+MakeServer = Callable[..., Server]
+StartServer = Callable[..., LiveServer]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture
+def make_server(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[MakeServer]:
+    """make_server(scripts, engine=, tokenizer=, chat_format=, **settings of ServeConfig) -> Server, driver not started.
+
+    Other fields of Server are given by `server_fields`.
+    """
+    compilers: list[Any] = []
+
+    def make(
+        scripts: Scripts = ("Hello!",),
+        *,
+        engine: Any = None,
+        tokenizer: Tokenizer = tokenizer,
+        chat_format: ChatFormat | None = None,
+        server_fields: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Server:
+        config = ServeConfig(**({"port": 0, "state_dir": str(tmp_path / "state")} | settings))
+        engine = engine or ScriptedEngine(tokenizer, scripts)
+        chat_format = chat_format or JinjaChat(tokenizer, CHAT_TEMPLATE)
+        metrics = Metrics(config.metrics_prefix, MODEL)
+        driver = Driver(
+            engine,
+            max_queued=config.max_queued,
+            max_queued_tokens=config.max_queued_tokens,
+            stall_timeout=config.stall_timeout,
+            metrics=metrics,
+        )
+        fields: dict[str, Any] = {
+            "config": config,
+            "tokenizer": tokenizer,
+            "chat_format": chat_format,
+            "driver": driver,
+            "model_names": config.served_model_name or (MODEL,),
+            "max_model_len": engine.max_model_len,
+            "metrics": metrics,
+        }
+        with contextlib.suppress(ModuleNotFoundError):
+            answer = importlib.import_module("qwenkit.text.answer")
+            fields["answer_format"] = answer.AnswerFormat.of(tokenizer, chat_format)
+        with contextlib.suppress(ModuleNotFoundError):
+            grammar = importlib.import_module("qwenkit.engine.grammar_compiler")
+            fields["compiler"] = grammar.GrammarCompiler(tokenizer)
+            compilers.append(fields["compiler"])
+        return Server(**(fields | (server_fields or {})))
+
+    yield make
+    for compiler in compilers:
+        compiler.close()
+
+
+@pytest.fixture
+def live_server(make_server: MakeServer) -> Iterator[StartServer]:
+    """live_server(...) -> LiveServer: make_server's arguments; runs until the test is over."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*args: Any, **kwargs: Any) -> LiveServer:
+            server = make_server(*args, **kwargs)
+            return stack.enter_context(running(server))
+
+        yield start
+
+
+@contextlib.contextmanager
+def running(server: Server) -> Iterator[LiveServer]:
+    """A Server behind uvicorn in a thread, on a free loopback port."""
+    app = create_app(server)
+    web = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2))
+    server.driver.start()
+    thread = threading.Thread(target=web.run, name="uvicorn", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not web.started:
+        assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.005)
+    port = web.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield LiveServer(f"http://127.0.0.1:{port}", app, server, server.driver.engine)
+    finally:
+        gate = getattr(server.driver.engine, "gate", None)
+        if gate is not None:
+            gate.set()
+        web.should_exit = True
+        thread.join(10)
+        server.driver.stop()
+        assert not thread.is_alive(), "the server did not stop"
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 5.0, why: str = "") -> None:
+    """Wait for something that another thread brings about."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, why or "it did not come true in time"
+        time.sleep(0.005)
