@@ -17,6 +17,7 @@ from qwenkit.text.chat_qwen1 import Qwen1Chat
 from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.weights import names
 from qwenkit.weights.gguf_model import QWEN1_WINDOW, GgufCheckpoint
+from qwenkit.weights.gptq_awq import Quantization, with_weights
 from qwenkit.weights.safetensors_files import has_safetensors, read_safetensors
 from qwenkit.weights.stored import StoredTensor, read_json
 from qwenkit.weights.torch_files import has_torch_files, read_torch_files
@@ -97,13 +98,19 @@ class FolderCheckpoint:
         return read_json(path) if path.is_file() else {}
 
     def tensors(self) -> Iterator[StoredTensor]:
-        """See `Checkpoint.tensors`. safetensors are preferred where a folder has both kinds."""
+        """See `Checkpoint.tensors`. safetensors are preferred where a folder has both kinds.
+
+        Raises ValueError for a quantization that cannot be read.
+        """
+        quantization = Quantization.of(self.path, self.config)
         if has_safetensors(self.path):
             stored = read_safetensors(self.path)
         elif has_torch_files(self.path):
             stored = read_torch_files(self.path)
         else:
             raise FileNotFoundError(f"{self.path} has no weights: neither model.safetensors nor pytorch_model.bin")
+        if quantization is not None:
+            stored = with_weights(self.path, stored, quantization)
         translate = names.from_qwen1 if self._is_qwen1 else names.from_hugging_face
         for tensor in stored:
             for part in translate(tensor.name):

@@ -20,7 +20,7 @@ from qwenkit.linear.swap import Swap, swap_linears
 from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen
 from qwenkit.weights.checkpoint import Checkpoint, open_checkpoint
-from qwenkit.weights.stored import StoredTensor
+from qwenkit.weights.stored import DTYPES, StoredTensor
 
 _NAMED = 3  # tensors that an error names before it only counts
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,7 +43,7 @@ def load_model(
 ) -> Qwen:
     """Build the model that a checkpoint describes and fill it.
 
-    `dtype` None keeps the checkpoint's own (fp32 for quantized GGUF blocks, which only fp32 holds exactly). Each of `swaps`
+    `dtype` None keeps the checkpoint's own (fp32 for quantized ones, which only fp32 holds exactly). Each of `swaps`
     is offered every nn.Linear, in order: a replacement keeps the Linear's parameters (inside, or new ones under the same
     names), or takes what the checkpoint has for them itself: see `FillsItself`. `progress` draws a bar where there is a terminal.
     Raises FileNotFoundError for missing files, ValueError for corrupt ones, and for tensors that are missing, surplus or
@@ -53,10 +53,12 @@ def load_model(
     config = ModelConfig.from_dict(checkpoint.config)
     stored = _by_name(checkpoint)
     _check_sizes(checkpoint.path, config, stored)
-    model = empty_model(config, dtype or _own_dtype(config))
+    quantized = any(tensor.dtype not in DTYPES for tensor in stored.values())
+    model = empty_model(config, dtype or (torch.float32 if quantized else _own_dtype(config)))
     if config.tie_word_embeddings and "model.embed_tokens.weight" in stored:
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
     wanted = dict(model.named_parameters(remove_duplicate=False))
+    _drop_zero_biases(stored, wanted)
     _compare(checkpoint.path, {name: tuple(p.shape) for name, p in wanted.items()}, stored)
     for swap in swaps:
         swap_linears(model, swap)
@@ -122,6 +124,14 @@ def _check_sizes(path: Path, config: ModelConfig, stored: Mapping[str, StoredTen
             f"{path}: num_hidden_layers is {config.num_hidden_layers}{f' of {moe.num_experts} experts' if moe else ''}, "
             f"but there are only {len(stored)} tensors"
         )
+
+
+def _drop_zero_biases(stored: dict[str, StoredTensor], wanted: Mapping[str, nn.Parameter]) -> None:
+    """GPTQ's tools write a bias of zeros beside matrices of models that have none there."""
+    for name in [name for name in stored if name.endswith(".bias") and name not in wanted]:
+        weight = stored.get(name.removesuffix("bias") + "weight")
+        if weight is not None and weight.dtype not in DTYPES and not stored[name].load().any():
+            del stored[name]
 
 
 def _compare(path: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]) -> None:

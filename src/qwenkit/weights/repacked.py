@@ -102,13 +102,13 @@ def _key(source: Path, weights: str) -> str:
 
 
 def _source_files(source: Path) -> list[Path]:
-    """The files that decide what the weights are: config.json, weight files of any kind and their indices."""
+    """The files that decide what the weights are: the configuration, weight files of any kind and their indices."""
     if source.is_file():
         return [source]
     named = (
         path
         for path in source.iterdir()
-        if path.name == "config.json" or path.name.endswith((".safetensors", ".bin", ".index.json"))
+        if path.name in ("config.json", "quantize_config.json") or path.name.endswith((".safetensors", ".bin", ".index.json"))
     )
     return sorted(path for path in named if path.is_file())
 
