@@ -8,9 +8,12 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from qwenkit.serve.api.protocol import INT32, MAX_LIST, JsonObject, Label, Name, Strict, Text
+
+CallId = Annotated[str, Field(min_length=1, max_length=512)]
 _TEXT_ONLY = {
     "image": "an image",
     "document": "a document",
@@ -19,46 +22,42 @@ _TEXT_ONLY = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class CacheControl(_Strict):
+class CacheControl(Strict):
     """Accepted and without effect: prefixes are always cached."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
 
 
-class TextBlock(_Strict):
+class TextBlock(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
     cache_control: CacheControl | None = None
-    citations: list[dict[str, Any]] | None = Field(None, max_length=0)
+    citations: Annotated[list[JsonObject], Field(max_length=0)] | None = None
 
 
-class ThinkingBlock(_Strict):
+class ThinkingBlock(Strict):
     """`signature` is not checked: this server gives out empty ones."""
 
     type: Literal["thinking"]
-    thinking: str
-    signature: str = ""
+    thinking: Text
+    signature: Text = ""
 
 
-class RedactedThinkingBlock(_Strict):
+class RedactedThinkingBlock(Strict):
     """Thinking that only the service that wrote it can read; it is left out of the prompt."""
 
     type: Literal["redacted_thinking"]
-    data: str
+    data: Text
 
 
-class ToolUseBlock(_Strict):
+class ToolUseBlock(Strict):
     type: Literal["tool_use"]
-    id: str = Field(min_length=1)
-    name: str = Field(min_length=1)
-    input: dict[str, Any]
+    id: CallId
+    name: Name
+    input: JsonObject
     cache_control: CacheControl | None = None
-    caller: dict[str, Any] | None = None
+    caller: JsonObject | None = None
 
 
 def _as_blocks(content: Any) -> Any:
@@ -76,12 +75,14 @@ def _readable(block: Any) -> Any:
 
 
 _Text = Annotated[TextBlock, BeforeValidator(_readable, json_schema_input_type=TextBlock)]
-Texts = Annotated[list[_Text], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])]
+Texts = Annotated[
+    list[_Text], Field(max_length=MAX_LIST), BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])
+]
 
 
-class ToolResultBlock(_Strict):
+class ToolResultBlock(Strict):
     type: Literal["tool_result"]
-    tool_use_id: str = Field(min_length=1)
+    tool_use_id: CallId
     content: Texts = []
     is_error: bool = False
     cache_control: CacheControl | None = None
@@ -91,21 +92,23 @@ _AnyBlock = Annotated[
     TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
 ]
 Block = Annotated[_AnyBlock, BeforeValidator(_readable, json_schema_input_type=_AnyBlock)]
-Blocks = Annotated[list[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[_AnyBlock])]
+Blocks = Annotated[
+    list[Block], Field(max_length=MAX_LIST), BeforeValidator(_as_blocks, json_schema_input_type=str | list[_AnyBlock])
+]
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["user", "assistant", "system"]
     content: Blocks
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """A function that the caller runs; tools that Anthropic's own servers run are refused."""
 
     type: Literal["custom"] | None = None
-    name: str = Field(min_length=1, max_length=128)
-    description: str | None = None
-    input_schema: dict[str, Any]
+    name: Name
+    description: Text | None = None
+    input_schema: JsonObject
     strict: bool | None = None
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
@@ -122,45 +125,48 @@ def _own_tool(tool: Any) -> Any:
     return tool
 
 
-class ToolChoice(_Strict):
+_Tool = Annotated[Tool, BeforeValidator(_own_tool, json_schema_input_type=Tool)]
+
+
+class ToolChoice(Strict):
     """auto: the model decides; any: at least one call; tool: this one; none: no call."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    name: Name | None = None
     disable_parallel_tool_use: bool = False
 
 
-class Thinking(_Strict):
+class Thinking(Strict):
     """`budget_tokens` is accepted and is no limit: max_tokens covers thinking and answer together."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = Field(None, ge=1)
+    budget_tokens: int | None = Field(default=None, ge=1, le=INT32)
     display: Literal["summarized", "omitted"] | None = None
 
 
-class OutputFormat(_Strict):
+class OutputFormat(Strict):
     type: Literal["json_schema"]
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
 
 
-class OutputConfig(_Strict):
+class OutputConfig(Strict):
     """`effort` is accepted and without effect: the models know only thinking or not thinking."""
 
     format: OutputFormat | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
-class Metadata(_Strict):
-    user_id: str | None = Field(None, max_length=512)
+class Metadata(Strict):
+    user_id: Label | None = None
 
 
-class CountTokensRequest(_Strict):
+class CountTokensRequest(Strict):
     """What decides the length of a prompt."""
 
-    model: str
-    messages: list[Message] = Field(min_length=1)
+    model: Label
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)]
     system: Texts | None = None
-    tools: list[Annotated[Tool, BeforeValidator(_own_tool, json_schema_input_type=Tool)]] | None = None
+    tools: Annotated[list[_Tool], Field(max_length=MAX_LIST)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -168,12 +174,14 @@ class CountTokensRequest(_Strict):
 
 
 class MessagesRequest(CountTokensRequest):
-    max_tokens: int = Field(ge=1)
-    stop_sequences: list[str] | None = None
+    """POST /v1/messages."""
+
+    max_tokens: int = Field(ge=1, le=INT32)
+    stop_sequences: Annotated[list[Label], Field(max_length=MAX_LIST)] | None = None
     stream: bool = False
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=INT32)
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
@@ -185,6 +193,9 @@ def chat_fields(request: CountTokensRequest) -> dict[str, Any]:
     request contradict each other.
     """
     fields: dict[str, Any] = {"model": request.model, "messages": list(_messages(request))}
+    last = fields["messages"][-1]
+    if last["role"] == "assistant" and not last.get("tool_calls"):
+        fields["continue_final_message"] = True  # the answer goes on where this message breaks off
     if request.tools:
         fields["tools"] = [_tool(tool) for tool in request.tools]
     if request.tool_choice is not None:

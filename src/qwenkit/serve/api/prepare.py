@@ -1,0 +1,353 @@
+"""From a request to tokens and SamplingParams, and from the engine's Deltas to what they mean.
+
+In: a ChatRequest (of whichever route), or the parts of a completion. Out: `Prepared`, checked against the limits of the server and
+the model; `events` then runs it. A refusal is an ApiError that names the field. When the client goes away, `events` closes the
+driver's stream, which takes the request out of the engine within one step, be it queued, computed or streamed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastapi import Request
+
+from qwenkit.engine.grammar import Grammar
+from qwenkit.engine.request import Delta
+from qwenkit.engine.sampling import SamplingParams
+from qwenkit.serve.api.conversation import ToolUse, plain_messages, tool_use
+from qwenkit.serve.api.protocol import ChatRequest, GenerationRequest, TemplateArguments
+from qwenkit.serve.api.structured import grammar_of
+from qwenkit.serve.caller import caller
+from qwenkit.serve.errors import ApiError, context_too_long
+from qwenkit.serve.server import Server
+from qwenkit.text.answer import AnswerEvent, AnswerParser
+
+LONG_BODY = 16_384  # bytes of a request from which on rendering and tokenizing leave the event loop to others
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One prompt, ready to run. `parser` makes a new AnswerParser for each of the `params.n` answers; None leaves text as it is."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    parser: Callable[[], AnswerParser] | None = None
+    adapter: str | None = None
+    model: str = ""
+    tools: ToolUse = field(default_factory=ToolUse)
+    cache_namespace: str | None = None
+    grammar_field: str = ""  # where the request says what shape the answer must have
+
+
+async def prepare(server: Server, request: ChatRequest, http: Request, *, clip: bool = False) -> Prepared:
+    """`prepare_chat` and the check of a grammar, off the event loop where they take long.
+
+    Raises ApiError. `clip`: a max_tokens that the context has no room for is cut instead of refused.
+    """
+    prepared = await off_loop(http, prepare_chat, server, request, clip=clip)
+    await check_grammar(server, prepared)
+    return prepared
+
+
+async def off_loop(http: Request, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The function's result, computed in a thread when the request is long or does not say how long it is."""
+    length = http.headers.get("content-length", "")
+    if length.isdigit() and int(length) <= LONG_BODY:
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)
+
+
+async def check_grammar(server: Server, prepared: Prepared) -> None:
+    """Refuse a grammar that does not compile within the limits, before the engine meets it."""
+    grammar = prepared.params.grammar
+    if grammar is None:
+        return
+    if server.compiler is None:
+        raise ApiError(
+            400, f"{prepared.grammar_field}: this server has no structured output", param=prepared.grammar_field
+        )
+    try:
+        await asyncio.to_thread(server.compiler.check, grammar)
+    except ValueError as error:
+        raise ApiError(
+            400, f"{prepared.grammar_field}: {error}", param=prepared.grammar_field, code="invalid_grammar"
+        ) from None
+
+
+def prepare_chat(server: Server, request: ChatRequest, *, clip: bool = False) -> Prepared:
+    """Render the conversation and settle how the answer is sampled, constrained and read. Raises ApiError.
+
+    Tools that must be called (`required`, or one by name) constrain the answer to calls, and response_format has no say then.
+    Where tools may be called, response_format constrains the answer that is no call. Either begins after the thinking.
+    """
+    adapter = server.adapter_of(request.model)
+    check_limits(server, request)
+    tools = tool_use(request)
+    if len(request.tools or request.functions or ()) > server.config.max_tools:
+        raise limit("tools", len(request.tools or request.functions or ()), server.config.max_tools)
+    if request.stream and request.prompt_logprobs is not None:
+        raise ApiError(400, "prompt_logprobs cannot be streamed, ask with stream: false", param="prompt_logprobs")
+    prompt_ids = render(
+        server,
+        plain_messages(request.messages),
+        tools=tools.tools,
+        variables=template_variables(request),
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+    )
+    wanted = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    max_tokens = answer_room(server, prompt_ids, wanted, "messages", clip=clip)
+    answers = server.answer_format
+    asked = grammar_of(request)
+    grammar, where = asked if asked is not None else (None, "")
+    if tools.forced:
+        if answers is None:
+            raise ApiError(400, "tool_choice: this model has no format for tool calls", param="tool_choice")
+        where = "function_call" if tools.legacy else "tool_choice"
+        grammar = _grammar(where, answers.tool_grammar, tools.tools, choice=tools.choice, parallel=tools.parallel)
+    after = answers.think_end_id if grammar is not None and answers is not None else None
+    params = sampling(
+        server,
+        request,
+        max_tokens=max_tokens,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        stop=answers.stop if answers is not None and tools.tools else (),
+    )
+    if grammar is not None:
+        params = replace(params, grammar=grammar, grammar_after=after)
+    parser = None
+    if answers is not None:
+        make = answers.parser
+
+        def parser() -> AnswerParser:
+            return make(prompt_ids, tools=bool(tools.tools))
+
+    return Prepared(
+        prompt_ids, params, parser, adapter, adapter or server.model_name, tools, namespace_of(request), where
+    )
+
+
+def _grammar(where: str, make: Callable[..., str], *args: Any, **kwargs: Any) -> Grammar:
+    try:
+        return Grammar("lark", make(*args, **kwargs))
+    except ValueError as error:
+        raise ApiError(400, f"{where}: {error}", param=where) from None
+
+
+def template_variables(request: ChatRequest) -> dict[str, Any]:
+    """What the request tells the chat template. chat_template_kwargs counts more than enable_thinking, that more than effort."""
+    variables: dict[str, Any] = {}
+    if request.reasoning_effort is not None:
+        variables["enable_thinking"] = request.reasoning_effort != "none"
+    if request.enable_thinking is not None:
+        variables["enable_thinking"] = request.enable_thinking
+    return variables | template_arguments(request.chat_template_kwargs)
+
+
+def template_arguments(given: TemplateArguments | None) -> dict[str, Any]:
+    return {} if given is None else given.model_dump(exclude_none=True)
+
+
+def render(
+    server: Server,
+    messages: Sequence[dict[str, Any]],
+    *,
+    tools: Sequence[dict[str, Any]],
+    variables: dict[str, Any],
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> list[int]:
+    """Ids of a conversation; to continue its last message they end where that message's text ends. Raises ApiError."""
+    if server.chat_format is None:
+        raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
+    try:
+        rendered = server.chat_format.render(
+            messages,
+            tools=list(tools) or None,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            **variables,
+        )
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+    if not continue_final_message:
+        return rendered.ids
+    mask = rendered.mask or []
+    last = max((index for index, said in enumerate(mask) if said), default=None)
+    if last is None:
+        raise ApiError(
+            400, "continue_final_message: the chat template does not show where the message ends", param="messages"
+        )
+    return rendered.ids[:last]  # without the token that ends the turn
+
+
+def answer_room(
+    server: Server, prompt_ids: Sequence[int], wanted: int | None, param: str, *, clip: bool = False
+) -> int:
+    """How many tokens the answer may have. Raises ApiError context_length_exceeded where prompt and answer do not fit."""
+    room = server.max_model_len - len(prompt_ids)
+    if room < 1 or (wanted is not None and wanted > room and not clip):
+        raise context_too_long(len(prompt_ids), wanted or 0, server.max_model_len, param)
+    return min(wanted or room, room)
+
+
+def check_limits(server: Server, request: GenerationRequest) -> None:
+    """The limits that the server's configuration sets. Raises ApiError."""
+    config = server.config
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    counts = {
+        "n": (request.n or 1, config.max_n),
+        "stop": (len(stops), config.max_stop),
+        "stop_token_ids": (len(request.stop_token_ids or ()), config.max_stop),
+        "prompt_logprobs": (request.prompt_logprobs or 0, config.max_logprobs),
+        "top_logprobs": (getattr(request, "top_logprobs", None) or 0, config.max_logprobs),
+    }
+    for name, (given, allowed) in counts.items():
+        if given > allowed:
+            raise limit(name, given, allowed)
+
+
+def limit(name: str, given: int, allowed: int) -> ApiError:
+    return ApiError(
+        400, f"{name}: {given} is more than this server allows ({allowed})", param=name, code="limit_exceeded"
+    )
+
+
+def namespace_of(request: GenerationRequest) -> str | None:
+    """The caller's part of the prefix cache, or with cache_salt a part of that."""
+    return None if request.cache_salt is None else f"{caller.get().namespace}\0{request.cache_salt}"
+
+
+_SAME_NAME = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop_token_ids",
+    "min_tokens",
+    "n",
+    "prompt_logprobs",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+
+
+def sampling(
+    server: Server,
+    request: GenerationRequest,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    stop: Sequence[str] = (),
+) -> SamplingParams:
+    """SamplingParams of a request, with `stop` besides its own stop strings. Raises ApiError."""
+    given = {name: value for name in _SAME_NAME if (value := getattr(request, name)) is not None}
+    own = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    try:
+        return SamplingParams(
+            **given,
+            stop=tuple(dict.fromkeys((*own, *stop))),
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
+        )
+    except ValueError as error:
+        raise bad_value(error) from None
+
+
+def bad_value(error: ValueError) -> ApiError:
+    """400 from a sentence of the engine, which begins with the field's name."""
+    word = str(error).split(" ", 1)[0].rstrip(":")
+    known = word in SamplingParams.__dataclass_fields__ or word == "prompt"
+    return ApiError(400, str(error), param=word if known else None, code="invalid_value")
+
+
+async def events(
+    server: Server, prepared: Prepared, http: Request
+) -> AsyncIterator[tuple[int, list[AnswerEvent], Delta]]:
+    """(which answer, what it means, what the engine added) until every answer is finished; the last has a finish_reason.
+
+    Raises ApiError: before the first item what the engine or the queue refuses, later 500 when the engine fails, and 499 when the
+    client has gone. Where one call is allowed, an answer ends where its second call would begin.
+    """
+    params = prepared.params
+    parsers = [prepared.parser() if prepared.parser else None for _ in range(params.n)]
+    one_call = bool(prepared.tools.tools) and not prepared.tools.parallel
+    unfinished = set(range(params.n))
+    client = Client(http)
+    stream = server.driver.stream(
+        prepared.prompt_ids, params, adapter=prepared.adapter, cache_namespace=prepared.cache_namespace
+    )
+    try:
+        async with aclosing(stream):  # type: ignore[type-var]
+            while unfinished:
+                delta = await client.next(stream)
+                index = delta.index
+                if index not in unfinished:
+                    continue
+                parser, found = parsers[index], []
+                if parser is not None:
+                    found = parser.push(delta.token_ids, delta.text)
+                    if delta.finish_reason is not None:
+                        found += parser.finish()
+                    if one_call and (second := next((e for e in found if e.tool_index > 0), None)) is not None:
+                        found = found[: found.index(second)]
+                        delta = replace(delta, finish_reason="stop", stop_reason=None)
+                if delta.finish_reason is not None:
+                    unfinished.discard(index)
+                yield index, found, delta
+    except ValueError as error:
+        raise bad_value(error) from None
+    finally:
+        client.close()
+
+
+class Client:
+    """Whoever waits for an answer. Waiting for the engine ends with ApiError 499 as soon as the connection is closed.
+
+    One task listens to the connection; a token costs nothing extra.
+    """
+
+    def __init__(self, http: Request) -> None:
+        self._waiting: asyncio.Task[Any] | None = None
+        self._gone = False
+        self._listener = asyncio.create_task(self._listen(http))
+
+    async def next(self, stream: AsyncIterator[Delta]) -> Delta:
+        """The stream's next item."""
+        if self._gone:
+            raise client_gone()
+        task = asyncio.current_task()
+        self._waiting = task
+        try:
+            return await anext(stream)
+        except asyncio.CancelledError:
+            if not self._gone:
+                raise
+            if task is not None and hasattr(task, "uncancel"):  # Python 3.11
+                task.uncancel()
+            raise client_gone() from None
+        finally:
+            self._waiting = None
+
+    async def _listen(self, http: Request) -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def close(self) -> None:
+        self._listener.cancel()
+
+
+def client_gone() -> ApiError:
+    """Nobody reads this one; it ends the route, and logs show it."""
+    return ApiError(499, "the client closed the connection", code="client_closed_request")

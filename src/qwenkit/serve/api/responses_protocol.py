@@ -1,0 +1,346 @@
+"""Types of OpenAI's /v1/responses, and what such a request means in the shape of /v1/chat/completions.
+
+In: the JSON of a request. Out: `chat_fields`, the fields of the chat request that asks for the same answer. Nothing is stored
+here, so every request brings the whole conversation; what refers to stored state, and every tool that the server would have
+to run, is refused in one sentence.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from qwenkit.serve.api.protocol import INT32, INT64, MAX_LIST, JsonObject, Label, Name, Strict, TemplateArguments, Text
+
+Status = Literal["in_progress", "completed", "incomplete"]
+_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+_PARTS = ("input_text", "output_text", "refusal")
+
+
+def _kind(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def _readable(part: Any) -> Any:
+    kind = _kind(part)
+    if kind is not None and kind not in _PARTS:
+        raise PydanticCustomError(
+            "text_only", "a part of the type '{kind}' was given, but this model reads only text", {"kind": kind}
+        )
+    return part
+
+
+class InputText(Strict):
+    type: Literal["input_text"]
+    text: Text
+
+
+class OutputText(Strict):
+    """A part of an answer of this API, given back as it was."""
+
+    type: Literal["output_text"]
+    text: Text
+    annotations: Annotated[list[JsonObject], Field(max_length=MAX_LIST)] | None = None
+    logprobs: list[JsonObject] | None = None
+
+
+class Refusal(Strict):
+    type: Literal["refusal"]
+    refusal: Text
+
+
+_AnyPart = Annotated[InputText | OutputText | Refusal, Field(discriminator="type")]
+Part = Annotated[_AnyPart, BeforeValidator(_readable, json_schema_input_type=_AnyPart)]
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+
+
+Parts = Annotated[
+    list[Part], Field(max_length=MAX_LIST), BeforeValidator(_as_parts, json_schema_input_type=str | list[_AnyPart])
+]
+
+
+class MessageItem(Strict):
+    type: Literal["message"] = "message"
+    role: Literal["user", "system", "developer", "assistant"]
+    content: Parts
+    id: Label | None = None
+    status: Status | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+
+
+class FunctionCall(Strict):
+    type: Literal["function_call"]
+    call_id: Annotated[str, Field(min_length=1, max_length=512)]
+    name: Name
+    arguments: Text
+    id: Label | None = None
+    status: Status | None = None
+
+
+class FunctionCallOutput(Strict):
+    type: Literal["function_call_output"]
+    call_id: Annotated[str, Field(min_length=1, max_length=512)]
+    output: Parts
+    id: Label | None = None
+    status: Status | None = None
+
+
+class SummaryText(Strict):
+    type: Literal["summary_text"]
+    text: Text
+
+
+class ReasoningText(Strict):
+    type: Literal["reasoning_text"]
+    text: Text
+
+
+class ReasoningItem(Strict):
+    type: Literal["reasoning"]
+    id: Label | None = None
+    summary: Annotated[list[SummaryText], Field(max_length=MAX_LIST)] = []
+    content: Annotated[list[ReasoningText], Field(max_length=MAX_LIST)] | None = None
+    encrypted_content: Text | None = None
+    status: Status | None = None
+
+
+def _known_item(item: Any) -> Any:
+    """A message may leave out its type."""
+    kind = _kind(item)
+    if kind is None and isinstance(item, dict) and "role" in item and item.get("type") is None:
+        return {**item, "type": "message"}
+    if kind is not None and kind not in _ITEMS:
+        raise PydanticCustomError(
+            "stateless_items",
+            "an item of the type '{kind}' was given, allowed are " + ", ".join(_ITEMS),
+            {"kind": kind},
+        )
+    return item
+
+
+_AnyItem = Annotated[MessageItem | FunctionCall | FunctionCallOutput | ReasoningItem, Field(discriminator="type")]
+Item = Annotated[_AnyItem, BeforeValidator(_known_item, json_schema_input_type=_AnyItem)]
+
+
+def _as_items(given: Any) -> Any:
+    return [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
+
+
+Items = Annotated[
+    list[Item],
+    Field(min_length=1, max_length=MAX_LIST),
+    BeforeValidator(_as_items, json_schema_input_type=str | list[_AnyItem]),
+]
+
+
+class FunctionTool(Strict):
+    type: Literal["function"]
+    name: Name
+    description: Text | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+def _own_tool(tool: Any) -> Any:
+    kind = _kind(tool)
+    if kind is not None and kind != "function":
+        raise PydanticCustomError(
+            "functions_only", "the tool type '{kind}' is not available here, allowed is 'function'", {"kind": kind}
+        )
+    return tool
+
+
+_Tool = Annotated[FunctionTool, BeforeValidator(_own_tool, json_schema_input_type=FunctionTool)]
+
+
+class NamedFunction(Strict):
+    type: Literal["function"]
+    name: Name
+
+
+class AllowedTools(Strict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_LIST)]
+
+
+class TextFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    name: Label | None = None
+    schema_: JsonObject | None = Field(default=None, alias="schema")
+    description: Text | None = None
+    strict: bool | None = None
+
+
+class TextConfig(Strict):
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class Reasoning(Strict):
+    """`summary` is accepted: the reasoning is given out whole instead of summed up."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class StreamOptions(Strict):
+    include_obfuscation: bool | None = None
+
+
+def _absent(value: Any, info: ValidationInfo) -> Any:
+    """Fields that would need stored state: only their neutral values."""
+    if value is not None and value is not False:
+        raise PydanticCustomError(
+            "stateless",
+            "this server stores no responses and runs none in the background, so {name} must be left out; "
+            "send the whole conversation as input",
+            {"name": info.field_name},
+        )
+    return value
+
+
+Stateful = Annotated[None, BeforeValidator(_absent)]
+StatefulFlag = Annotated[Literal[False] | None, BeforeValidator(_absent)]
+
+
+class ResponsesRequest(Strict):
+    """POST /v1/responses."""
+
+    model: Label | None = None
+    input: Items
+    instructions: Text | None = None
+    tools: Annotated[list[_Tool], Field(max_length=MAX_LIST)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedTools | None = None
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: int | None = Field(default=None, ge=1, le=INT32)  # of tools that the server runs: there are none
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1, le=INT32)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    truncation: Literal["disabled"] | None = None
+    include: Annotated[list[Literal["reasoning.encrypted_content"]], Field(max_length=MAX_LIST)] | None = None
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)] | None = None
+    # what needs stored state
+    store: StatefulFlag = None
+    background: StatefulFlag = None
+    previous_response_id: Stateful = None
+    conversation: Stateful = None
+    prompt: Stateful = None
+    # sent by clients, of no effect here
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    service_tier: Label | None = None
+    # the same extras as in /v1/chat/completions
+    top_k: int | None = Field(default=None, ge=-1, le=INT32)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-INT64, le=INT64)
+    stop: Label | Annotated[list[Label], Field(max_length=MAX_LIST)] | None = None
+    chat_template_kwargs: TemplateArguments | None = None
+
+
+_SAME = (
+    "model parallel_tool_calls temperature top_p stream top_k min_p repetition_penalty presence_penalty "
+    "frequency_penalty seed stop user chat_template_kwargs"
+).split()
+
+
+def chat_fields(request: ResponsesRequest) -> dict[str, Any]:
+    """The same request in the shape of /v1/chat/completions, only with fields that were given.
+
+    Raises ValueError, naming the field, where parts of the request contradict each other.
+    """
+    fields: dict[str, Any] = {name: value for name in _SAME if (value := getattr(request, name)) is not None}
+    if "chat_template_kwargs" in fields:
+        fields["chat_template_kwargs"] = fields["chat_template_kwargs"].model_dump(exclude_none=True)
+    fields["messages"] = _messages(request)
+    if request.max_output_tokens is not None:
+        fields["max_tokens"] = request.max_output_tokens
+    if request.tools:
+        functions = (tool.model_dump(exclude={"type"}, exclude_none=True) for tool in request.tools)
+        fields["tools"] = [{"type": "function", "function": function} for function in functions]
+    choice = request.tool_choice
+    if isinstance(choice, NamedFunction):
+        fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+    elif isinstance(choice, AllowedTools):
+        allowed = [{"type": "function", "function": {"name": tool.name}} for tool in choice.tools]
+        fields["tool_choice"] = {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": allowed}}
+    elif choice is not None and (request.tools or choice == "required"):
+        fields["tool_choice"] = choice
+    if request.text is not None and request.text.format is not None:
+        fields["response_format"] = _response_format(request.text.format)
+    if request.reasoning is not None and request.reasoning.effort is not None:
+        fields["reasoning_effort"] = request.reasoning.effort
+    return fields
+
+
+def _response_format(given: TextFormat) -> dict[str, Any]:
+    if given.type != "json_schema":
+        return {"type": given.type}
+    if given.schema_ is None:
+        raise ValueError("text.format.schema is missing, which the type 'json_schema' needs")
+    named = {"name": given.name, "description": given.description, "strict": given.strict}
+    schema = {name: value for name, value in named.items() if value is not None}
+    return {"type": "json_schema", "json_schema": schema | {"schema": given.schema_}}
+
+
+def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
+    """Items become messages; what the assistant thought, said and called in one turn becomes one message."""
+    messages: list[dict[str, Any]] = []
+    names: dict[str, str] = {}  # of functions, by the id of the call
+    if request.instructions:
+        messages.append({"role": "system", "content": request.instructions})
+    for index, item in enumerate(request.input):
+        last = messages[-1] if messages else {"role": None}
+        if isinstance(item, FunctionCallOutput):
+            if item.call_id not in names:
+                raise ValueError(
+                    f"input[{index}].call_id is {item.call_id!r}, but no earlier function_call has that call_id"
+                )
+            result = {"role": "tool", "tool_call_id": item.call_id, "name": names[item.call_id]}
+            messages.append({**result, "content": _joined(item.output)})
+        elif isinstance(item, MessageItem) and item.role != "assistant":
+            role = "user" if item.role == "user" else "system"
+            content = _joined(item.content)
+            if role == "system" and last["role"] == "system":
+                last["content"] += "\n\n" + content
+            else:
+                messages.append({"role": role, "content": content})
+        else:
+            # A turn thinks, then speaks, then calls: thinking or speaking after that begins another one.
+            spoken = last["role"] == "assistant" and (last["content"] or last.get("tool_calls"))
+            if last["role"] != "assistant" or (spoken and not isinstance(item, FunctionCall)):
+                messages.append({"role": "assistant", "content": ""})
+            _add(item, messages[-1], names)
+    return messages
+
+
+def _add(item: MessageItem | FunctionCall | ReasoningItem, turn: dict[str, Any], names: dict[str, str]) -> None:
+    if isinstance(item, ReasoningItem):
+        thought = "\n".join(part.text for part in item.content or item.summary)
+        if thought:
+            turn["reasoning_content"] = "\n".join(filter(None, (turn.get("reasoning_content"), thought)))
+    elif isinstance(item, FunctionCall):
+        names[item.call_id] = item.name
+        call = {"name": item.name, "arguments": item.arguments}
+        turn.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": call})
+    else:
+        turn["content"] += _joined(item.content)
+
+
+def _joined(parts: list[Any]) -> str:
+    return "".join(part.refusal if isinstance(part, Refusal) else part.text for part in parts)
