@@ -97,7 +97,7 @@ def test_curves_stay_within_model_and_memory(folder: Path) -> None:
     assert list(curves.by_batch) == [1, 2, 4]
     assert list(curves.by_context) == [128, 155]
     assert all(speed > 0 for speed in (*curves.by_batch.values(), *curves.by_context.values()))
-    tight = LLM(folder, max_model_len=32, kv_memory=str(100 * llm.engine.runner.caches[0][0][0].nbytes))
+    tight = LLM(folder, max_model_len=32, kv_memory=str(100 * llm.engine.runner.caches[0].keys[0].nbytes))
     batches, lengths = measuring.curve_points(tight, SMALL)
     assert lengths == [32 - 5]
     assert batches[-1] * 11 <= tight.engine.pool.num_blocks * 16 < 32 * 11
@@ -132,7 +132,7 @@ def test_weights_in_memory_and_weights_read(tmp_path: Path, model_type: str, tie
     config = llm.model.config
     token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     assert size.bytes_per_token - read == token * (21 + 24) / 2  # the first of 4 tokens sees 21 keys, the last 24
-    blocks = llm.engine.runner.caches[0][0].shape[0]
+    blocks = llm.engine.runner.caches[0].blocks
     assert size.kv_cache_bytes == blocks * llm.config.block_size * token
 
 

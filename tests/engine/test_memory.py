@@ -53,7 +53,7 @@ def test_memory_is_bounded_by_kv_memory(model: Qwen, kv_memory: str) -> None:
     config = EngineConfig(kv_memory=kv_memory)
     num_blocks, longest = plan_cache(model.config, config, torch.float32, CPU)
     runner = Runner(model, num_blocks=num_blocks, block_size=config.block_size, max_model_len=longest)
-    taken = sum(tensor.nbytes for pair in runner.caches for tensor in pair)
+    taken = sum(cache.nbytes for cache in runner.caches)
     one_block = config.block_size * kv_bytes_per_token(model.config, torch.float32)
     assert parse_bytes(kv_memory) - one_block < taken <= parse_bytes(kv_memory)
     assert longest == min(256, num_blocks * config.block_size)

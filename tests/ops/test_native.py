@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qwenkit import ops
 from qwenkit.ops import packed, reference
+from qwenkit.ops.cache import KVCache
 from qwenkit.ops.packed import PackedWeight
 
 relaxed = settings(
@@ -114,6 +115,15 @@ def test_embedding(kind: str, seed: int) -> None:
     torch.testing.assert_close(native_result("embedding", ids, weight), expected)
 
 
+def new_cache(blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype) -> KVCache:
+    """A cache in which whatever was not written is NaN, as the memory of a new cache may be."""
+    cache = KVCache.empty(blocks, block_size, heads, dim, dtype)
+    for tensor in (cache.keys, cache.values, cache.key_scale, cache.value_scale):
+        if tensor is not None:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
+    return cache
+
+
 @relaxed
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=4),
@@ -121,28 +131,43 @@ def test_embedding(kind: str, seed: int) -> None:
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 7]),
     dim=st.sampled_from([16, 20, 64, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
     window=st.one_of(st.none(), st.integers(1, 40)),
     seed=seeds,
 )
 def test_paged_attention(
-    lengths: list[tuple[int, int]], block_size: int, kv_heads: int, group: int, dim: int, window: int | None, seed: int
+    lengths: list[tuple[int, int]],
+    block_size: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    dtype: torch.dtype,
+    window: int | None,
+    seed: int,
 ) -> None:
-    """Decode rows and prompt chunks mixed; slots that belong to nobody hold NaN."""
+    """Decode rows and prompt chunks mixed; slots that belong to nobody hold NaN. Both write the cache, both read it."""
     torch.manual_seed(seed)
     totals = [new + old for new, old in lengths]
     counts = [-(-total // block_size) for total in totals]
     order = torch.randperm(sum(counts), dtype=torch.int32)
     tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
-    keys, values = torch.full((2, sum(counts), block_size, kv_heads, dim), torch.nan)
+    cache = new_cache(sum(counts), block_size, kv_heads, dim, dtype)
     for row, (table, total) in enumerate(zip(order.split(counts), totals, strict=True)):
         tables[row, : len(table)] = table
         slots = torch.tensor([int(table[p // block_size]) * block_size + p % block_size for p in range(total)])
-        ops.write_cache(torch.randn(total, kv_heads, dim), torch.randn(total, kv_heads, dim), keys, values, slots)
+        k, v = torch.randn(2, total, kv_heads, dim)
+        native_result("write_cache", k, v, cache, slots)
+        twin = new_cache(sum(counts), block_size, kv_heads, dim, dtype)
+        reference.write_cache(k, v, twin, slots)
+        mine, expected = (one.read(table.long(), total, torch.float32) for one in (cache, twin))
+        torch.testing.assert_close(mine, expected, atol=0, rtol=0)
     starts = torch.tensor([0, *itertools.accumulate(new for new, _ in lengths)])
     q = torch.randn(int(starts[-1]), kv_heads * group, dim) * 2
-    arguments = (q, keys, values, starts, torch.tensor(totals), tables, window)
+    arguments = (q, cache, starts, torch.tensor(totals), tables, window)
+    # an int8 cache meets queries of 16 bits
+    tolerance = 3e-4 if dtype == torch.int8 else 3e-6
     torch.testing.assert_close(
-        native_result("paged_attention", *arguments), reference.paged_attention(*arguments), atol=3e-6, rtol=1e-5
+        native_result("paged_attention", *arguments), reference.paged_attention(*arguments), atol=tolerance, rtol=1e-5
     )
 
 
@@ -159,13 +184,18 @@ def test_what_is_not_finite_is_not_lost(bad: float) -> None:
     if bad != -torch.inf:
         assert not native_result("silu_mul", x, torch.ones(2, 64))[1, 37].isfinite()
     assert not native_result("add", x, torch.ones(2, 64))[1, 37].isfinite()
-    q, (keys, values) = torch.randn(1, 2, 32), torch.randn(2, 1, 16, 1, 32)
-    values[0, 3, 0, 5] = bad
-    tables, one = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1])
-    out = native_result("paged_attention", q, keys, values, one, torch.tensor([9]), tables, None)
-    assert not out[0, :, 5].isfinite().any()
-    keys[0, 3] = torch.nan
-    assert native_result("paged_attention", q, keys, values, one, torch.tensor([9]), tables, None).isnan().all()
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        cache = new_cache(1, 16, 1, 32, dtype)
+        q, (k, v) = torch.randn(1, 2, 32), torch.randn(2, 9, 1, 32)
+        v[3, 0, 5] = bad
+        tables, one = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1])
+        native_result("write_cache", k, v, cache, torch.arange(9))
+        out = native_result("paged_attention", q, cache, one, torch.tensor([9]), tables, None)
+        assert not out[0, :, 5].isfinite().any()
+        k[3] = bad
+        native_result("write_cache", k, v, cache, torch.arange(9))
+        if dtype == torch.int8 or bad != bad:  # an infinite score of one key is a probability of 1 or 0
+            assert native_result("paged_attention", q, cache, one, torch.tensor([9]), tables, None).isnan().any()
 
 
 def test_gradients_and_other_types_go_to_the_reference() -> None:

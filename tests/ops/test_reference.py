@@ -3,11 +3,13 @@
 import itertools
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenkit import ops
+from qwenkit.ops.cache import KVCache, bytes_per_token
 from tests.conftest import OPS
 
 
@@ -58,21 +60,54 @@ def test_paged_attention_over_scattered_blocks(
     totals = [new + old for new, old in lengths]
     counts = [-(-total // block_size) for total in totals]
     tables = torch.randperm(sum(counts)).split(counts)
-    caches = torch.full((2, sum(counts), block_size, 2, 4), torch.nan)
+    cache = KVCache.empty(sum(counts), block_size, 2, 4, torch.float32)
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
     histories = [torch.randn(2, total, 2, 4) for total in totals]
     for table, history in zip(tables, histories, strict=True):
         slots = torch.tensor(
             [int(table[p // block_size]) * block_size + p % block_size for p in range(history.shape[1])]
         )
-        ops.write_cache(history[0], history[1], caches[0], caches[1], slots)
+        ops.write_cache(history[0], history[1], cache, slots)
     queries = [torch.randn(new, 4, 4) for new, _ in lengths]
     starts = torch.tensor([0, *itertools.accumulate(new for new, _ in lengths)])
     padded = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     for row, table in enumerate(tables):
         padded[row, : len(table)] = table
-    out = ops.paged_attention(torch.cat(queries), caches[0], caches[1], starts, torch.tensor(totals), padded, window)
+    out = ops.paged_attention(torch.cat(queries), cache, starts, torch.tensor(totals), padded, window)
     expected = [naive_attention(q, k, v, window) for q, (k, v) in zip(queries, histories, strict=True)]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 0), (torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.int8, 0.5 / 127)]
+)
+def test_a_cache_gives_back_what_was_written(dtype: torch.dtype, error: float) -> None:
+    """Within the rounding of the dtype: of each value, or for int8 of the largest of its token and head."""
+    cache = KVCache.empty(3, 4, 2, 8, dtype)
+    written = torch.randn(2, 6, 2, 8)
+    written[0, 2, 1] = 0
+    cache.write(*written, slots=torch.tensor([8, 9, 10, 11, 0, 1]))
+    assert cache.nbytes == 12 * bytes_per_token(2, 8, dtype)
+    for mine, expected in zip(cache.read(torch.tensor([2, 0]), 6, torch.float32), written, strict=True):
+        scale = expected.abs().amax(-1, keepdim=True) if dtype == torch.int8 else expected.abs()
+        assert ((mine - expected).abs() <= error * scale * 1.001 + 1e-12).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_int8_cache_does_not_hide_what_is_not_finite(bad: float) -> None:
+    cache = KVCache.empty(1, 4, 1, 8, torch.int8)
+    k = torch.randn(2, 1, 8)
+    k[1, 0, 3] = bad
+    cache.write(k, k, torch.tensor([0, 1]))
+    keys, _ = cache.read(torch.tensor([0]), 2, torch.float32)
+    assert keys[0].isfinite().all()
+    assert keys[1].isnan().all()
+
+
+def test_a_cache_of_whole_lanes_needs_a_fitting_head_dim() -> None:
+    with pytest.raises(ValueError, match="kv_cache_dtype int8 needs a head_dim divisible by 4, the model's is 6"):
+        KVCache.empty(1, 1, 1, 6, torch.int8)
 
 
 def test_rms_norm() -> None:

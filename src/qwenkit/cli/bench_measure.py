@@ -171,10 +171,10 @@ def measure_size(llm: LLM, bench: BenchConfig) -> Size:
     for cache, window in zip(caches, llm.model.config.sliding_windows, strict=True):
         lengths = (bench.prefill + step for step in range(1, bench.decode + 1))  # with the token's own key
         seen = sum(length if window is None else min(length, window) for length in lengths) / bench.decode
-        kv_read += seen * sum(tensor.nbytes / (tensor.shape[0] * tensor.shape[1]) for tensor in cache)  # blocks × slots
+        kv_read += seen * cache.nbytes / (cache.blocks * cache.block_size)
     return Size(
         weight_bytes=_bytes_of(llm.model.modules()),
-        kv_cache_bytes=sum(tensor.nbytes for cache in caches for tensor in cache),
+        kv_cache_bytes=sum(cache.nbytes for cache in caches),
         bytes_per_token=weights_read(llm.model) + round(kv_read),
         multiplies_per_token=multiplies_per_token(llm.model.config),
     )

@@ -9,18 +9,18 @@ import torch
 
 from qwenkit import ops
 from qwenkit.engine.scheduler import Row
+from qwenkit.ops.cache import KVCache
 
 
 @dataclass(frozen=True)
 class Paged:
     """Attention over a paged key/value cache: every token writes its slot, then reads its own request's blocks.
 
-    caches[layer] is (keys, values), each (blocks, block_size, K, D). Row i's new tokens stand in the stream from query_starts[i]
-    (int64) to query_starts[i + 1]; those included it has context_lengths[i] (int64) tokens, in the blocks that block_tables[i]
-    (int32, padded to the longest) begins with.
+    Row i's new tokens stand in the stream from query_starts[i] (int64) to query_starts[i + 1]; those included it has
+    context_lengths[i] (int64) tokens, in the blocks that block_tables[i] (int32, padded to the longest) begins with.
     """
 
-    caches: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    caches: Sequence[KVCache]
     slots: torch.Tensor
     query_starts: torch.Tensor
     context_lengths: torch.Tensor
@@ -30,9 +30,9 @@ class Paged:
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int | None
     ) -> torch.Tensor:
-        keys, values = self.caches[layer]
-        ops.write_cache(k, v, keys, values, self.slots)
-        return ops.paged_attention(q, keys, values, self.query_starts, self.context_lengths, self.block_tables, window)
+        cache = self.caches[layer]
+        ops.write_cache(k, v, cache, self.slots)
+        return ops.paged_attention(q, cache, self.query_starts, self.context_lengths, self.block_tables, window)
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Batch:
     last_rows: torch.Tensor
 
     @classmethod
-    def of(cls, rows: list[Row], caches: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> Batch:
-        """Flatten the rows; `caches` are the runner's, one pair a layer."""
-        block_size = caches[0][0].shape[1]
+    def of(cls, rows: list[Row], caches: Sequence[KVCache], device: torch.device) -> Batch:
+        """Flatten the rows; `caches` are the runner's, one a layer."""
+        block_size = caches[0].block_size
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 WEIGHTS = ("auto", "float", "bf16", "int8", "int4")
 
 
@@ -26,6 +27,7 @@ class EngineConfig:
         None, "longest prompt plus answer, in tokens (default: what model and memory allow)"
     )
     kv_memory: str | None = option(None, "memory for keys and values, such as 2GiB (default: a share of what is free)")
+    kv_cache_dtype: str = option("auto", "keys and values in memory: auto, float32, bfloat16, float16 or int8")
     max_num_seqs: int = option(64, "how many requests run at the same time")
     max_batch_tokens: int = option(2048, "most tokens in one step; longer prompts are read in chunks")
     block_size: int = option(16, "tokens in one block of the key/value cache")
@@ -38,6 +40,8 @@ class EngineConfig:
             raise ValueError(f"dtype is {self.dtype!r}, allowed are {', '.join(DTYPES)}")
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights is {self.weights!r}, allowed are {', '.join(WEIGHTS)}")
+        if self.kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}, allowed are {', '.join(CACHE_DTYPES)}")
         for name in ("max_num_seqs", "max_batch_tokens", "block_size"):
             _at_least_one(name, getattr(self, name))
         if self.max_model_len is not None:

@@ -18,6 +18,7 @@ from qwenkit.engine.batch import Paged
 from qwenkit.engine.scheduler import Row
 from qwenkit.model.positions import Positions
 from qwenkit.model.qwen import Qwen
+from qwenkit.ops.cache import KVCache
 from qwenkit.ops.cpu.native import NativeOps
 
 # Torch calls that a replay need not repeat: they make memory, or look at the same memory again.
@@ -48,16 +49,14 @@ class DecodeGraphs:
     `max_blocks` is the longest block table.
     """
 
-    def __init__(
-        self, model: Qwen, caches: Sequence[tuple[torch.Tensor, torch.Tensor]], *, max_blocks: int, native: NativeOps
-    ) -> None:
+    def __init__(self, model: Qwen, caches: Sequence[KVCache], *, max_blocks: int, native: NativeOps) -> None:
         self._model = model
         self._caches = caches
         self._native = native
         self._max_blocks = max_blocks
         self._steps: dict[int, _Step] = {}
         self._recordable = model.config.moe is None and model.config.logn_length is None
-        length = max_blocks * caches[0][0].shape[1]
+        length = max_blocks * caches[0].block_size
         self._table = Positions.of(model.config, torch.arange(length), None) if self._recordable else None
 
     def run(self, rows: list[Row]) -> torch.Tensor | None:
@@ -96,12 +95,12 @@ class _Step:
     def __init__(
         self,
         model: Qwen,
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        caches: Sequence[KVCache],
         size: int,
         max_blocks: int,
         native: NativeOps,
     ) -> None:
-        spare, self._block_size = caches[0][0].shape[0] - 1, caches[0][0].shape[1]
+        spare, self._block_size = caches[0].blocks - 1, caches[0].block_size
         half = model.config.rope.rotary_dim // 2
         ids = torch.zeros(size, dtype=torch.int64)
         slots = torch.full((size,), spare * self._block_size)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from qwenkit import ops
 from qwenkit.engine.config import EngineConfig
 from qwenkit.engine.engine import Engine
-from qwenkit.engine.memory import choose_device, choose_dtype, choose_weights, plan_cache
+from qwenkit.engine.memory import choose_cache_dtype, choose_device, choose_dtype, choose_weights, plan_cache
 from qwenkit.engine.request import Completion, Delta, RequestOutput
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampling import SamplingParams
@@ -74,13 +74,15 @@ class LLM:
         else:
             dtype = torch.float32
             self.model = load_packed(checkpoint, weights, cache_folder() / "packed", progress=progress)
-        num_blocks, self.max_model_len = plan_cache(self.model.config, self.config, dtype, device)
+        cache_dtype = choose_cache_dtype(self.config, weights, dtype)
+        num_blocks, self.max_model_len = plan_cache(self.model.config, self.config, cache_dtype, device)
         runner = Runner(
             self.model,
             num_blocks=num_blocks,
             block_size=self.config.block_size,
             max_model_len=self.max_model_len,
             graphs=self.config.graphs,
+            cache_dtype=cache_dtype,
         )
         self.engine = Engine(
             runner,

@@ -16,11 +16,12 @@ from qwenkit.engine.graphs import DecodeGraphs
 from qwenkit.engine.scheduler import Row
 from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen
+from qwenkit.ops.cache import KVCache, bytes_per_token
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return config.num_hidden_layers * bytes_per_token(config.num_key_value_heads, config.head_dim, dtype)
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,29 @@ class Computed:
 
 
 class Runner:
-    """`caches[layer]` is (keys, values), each (num_blocks + 1, block_size, K, D) in the model's dtype; the last block is spare.
+    """`caches[layer]` has num_blocks + 1 blocks in cache_dtype (by default the model's dtype); the last block is spare.
 
     The memory is reserved at once and, on a CPU, becomes resident as blocks are first written.
     """
 
     def __init__(
-        self, model: Qwen, *, num_blocks: int, block_size: int, max_model_len: int, graphs: bool = True
+        self,
+        model: Qwen,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        graphs: bool = True,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model.eval()
         self.num_blocks, self.block_size = num_blocks, block_size
         norm = model.model.norm.weight
         self.device = norm.device
         config = model.config
-        shape = (num_blocks + 1, block_size, config.num_key_value_heads, config.head_dim)
+        heads, dim = config.num_key_value_heads, config.head_dim
         self.caches = [
-            (
-                torch.empty(shape, dtype=norm.dtype, device=self.device),
-                torch.empty(shape, dtype=norm.dtype, device=self.device),
-            )
+            KVCache.empty(num_blocks + 1, block_size, heads, dim, cache_dtype or norm.dtype, self.device)
             for _ in range(config.num_hidden_layers)
         ]
         native = ops.native()

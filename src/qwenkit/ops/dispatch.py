@@ -11,6 +11,7 @@ import os
 import torch
 
 from qwenkit.ops import reference
+from qwenkit.ops.cache import KVCache
 from qwenkit.ops.cpu.library import find_library, open_library
 from qwenkit.ops.cpu.native import NativeOps
 from qwenkit.ops.cpu.program import Executor
@@ -108,26 +109,23 @@ def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | No
     return reference.packed_linear(x, weight, bias) if chosen is None else chosen.packed_linear(x, weight, bias)
 
 
-def write_cache(
-    k: torch.Tensor, v: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
-    chosen = _native_for(k, v, key_cache, value_cache)
-    if chosen is None:
-        reference.write_cache(k, v, key_cache, value_cache, slots)
+def write_cache(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> None:
+    chosen = _native_for(k, v)
+    if chosen is None or not chosen.can_cache(cache):
+        reference.write_cache(k, v, cache, slots)
     else:
-        chosen.write_cache(k, v, key_cache, value_cache, slots)
+        chosen.write_cache(k, v, cache, slots)
 
 
 def paged_attention(
     q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     query_starts: torch.Tensor,
     context_lengths: torch.Tensor,
     block_tables: torch.Tensor,
     window: int | None = None,
 ) -> torch.Tensor:
-    chosen = _native_for(q, key_cache, value_cache)
-    if chosen is None or not chosen.can_attend(q, key_cache):
-        return reference.paged_attention(q, key_cache, value_cache, query_starts, context_lengths, block_tables, window)
-    return chosen.paged_attention(q, key_cache, value_cache, query_starts, context_lengths, block_tables, window)
+    chosen = _native_for(q)
+    if chosen is None or not chosen.can_cache(cache) or not chosen.can_attend(q, cache):
+        return reference.paged_attention(q, cache, query_starts, context_lengths, block_tables, window)
+    return chosen.paged_attention(q, cache, query_starts, context_lengths, block_tables, window)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from qwenkit.ops.cache import KVCache
 from qwenkit.ops.packed import LANES, PackedWeight, dequantize
 
 
@@ -75,18 +76,14 @@ def packed_attention(
     return torch.cat([attention(*document, window=window) for document in documents])
 
 
-def write_cache(
-    k: torch.Tensor, v: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Store this step's keys and values (T, K, D) at their slots (T,) of the caches (blocks, block_size, K, D)."""
-    key_cache.flatten(0, 1).index_copy_(0, slots, k)
-    value_cache.flatten(0, 1).index_copy_(0, slots, v)
+def write_cache(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> None:
+    """Store this step's keys and values (T, K, D) at their slots (T,) of the cache."""
+    cache.write(k, v, slots)
 
 
 def paged_attention(
     q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     query_starts: torch.Tensor,
     context_lengths: torch.Tensor,
     block_tables: torch.Tensor,
@@ -96,17 +93,14 @@ def paged_attention(
 
     q (T, H, D) holds the new tokens of all rows end to end, those of row i from query_starts[i] to query_starts[i + 1]
     (int64, rows + 1). Row i's history, its new tokens included, is context_lengths[i] (int64) tokens long and lies in the first
-    blocks of block_tables[i] (int32, (rows, most blocks)); caches are (blocks, block_size, K, D).
+    blocks of block_tables[i] (int32, (rows, most blocks)).
     """
     starts, lengths = query_starts.tolist(), context_lengths.tolist()
-    block_size = key_cache.shape[1]
     out = []
     for row, length in enumerate(lengths):
         queries = q[starts[row] : starts[row + 1]]
-        assert 0 < queries.shape[0] <= length <= block_tables.shape[1] * block_size
-        table = block_tables[row, : -(-length // block_size)]
-        keys = key_cache[table].flatten(0, 1)[:length]
-        values = value_cache[table].flatten(0, 1)[:length]
+        assert 0 < queries.shape[0] <= length <= block_tables.shape[1] * cache.block_size
+        keys, values = cache.read(block_tables[row, : -(-length // cache.block_size)], length, q.dtype)
         out.append(attention(queries, keys, values, window=window))
     return torch.cat(out)
 

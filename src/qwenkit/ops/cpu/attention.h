@@ -4,14 +4,14 @@
 #include <cfloat>
 #include <cmath>
 
+#include "cache.h"
 #include "program.h"
 #include "simd.h"
 
 namespace {
 
 constexpr int QUERIES = 16;    // tokens of one row that share a pass over the keys
-constexpr int KEYS = 32;       // keys that are scored together
-constexpr int MAX_DIM = 256;   // largest head_dim
+constexpr int KEYS = 32;       // keys that are scored together: two vectors of 16 lanes
 constexpr int MAX_PASS = 128;  // tokens times heads of a pass
 constexpr int PAD = 8;         // rows that fill up the last tile; they repeat the last row and are thrown away
 
@@ -20,38 +20,110 @@ struct Heads {
   float scale;
 };
 
-// The keys of some positions as [dim][KEYS], so that lanes are positions.
-inline void transpose_keys(const float* const* keys, int64_t dim, float* out) {
-  int64_t d = 0;
-  for (; d + 16 <= dim; d += 16)
-    for (int j = 0; j < KEYS; j += 16) {
-      const float* rows[16];
-      for (int i = 0; i < 16; i++) rows[i] = keys[j + i] + d;
-      f_transpose16(rows, out + d * KEYS + j, KEYS);
-    }
-  for (; d < dim; d++)
-    for (int j = 0; j < KEYS; j++) out[d * KEYS + j] = keys[j][d];
+// A query for int8 keys: 16 bits as a coarse and a fine row of int8. The sums of products begin at `start`, which takes the 128 away
+// that every key has too much.
+struct QueryRow {
+  float scale;
+  int32_t start[2];
+};
+
+struct Pass {
+  alignas(64) float sums[(MAX_PASS + PAD) * MAX_DIM];
+  float largest[MAX_PASS + PAD], weight_sum[MAX_PASS + PAD];
+  alignas(64) uint8_t keys[2][MAX_DIM * LANES * 4];  // lanes gathered from blocks that are not multiples of 16 long
+  alignas(64) float values[KEYS * MAX_DIM];          // values of a tile as fp32
+  QueryRow query_rows[MAX_PASS];
+  alignas(64) int8_t queries[MAX_PASS * 2 * MAX_DIM];  // [row][coarse, fine][dim]
+};
+
+// What a tile of 32 positions reads. keys[half] has a vector of 16 lanes every `stride` bytes; scales are those of its lanes.
+struct Tile {
+  const uint8_t* keys[2];
+  int64_t stride;
+  alignas(64) float key_scale[KEYS], value_scale[KEYS];
+  const float* values[KEYS];
+};
+
+inline void quantize_query(const float* q, int64_t dim, QueryRow& row, int8_t* out) {
+  float largest = 0;
+  for (int64_t d = 0; d < dim; d++) largest = std::fabs(q[d]) > largest ? std::fabs(q[d]) : largest;
+  float nothing = 0;  // NaN if a value is not finite
+  for (int64_t d = 0; d < dim; d++) nothing += q[d] - q[d];
+  const float steps = 127.0f * 256.0f, inverse = largest > 0 && nothing == 0 ? steps / largest : 0;
+  int32_t sums[2] = {0, 0};
+  for (int64_t d = 0; d < dim; d++) {
+    const int32_t whole = (int32_t)std::lrintf(q[d] * inverse), coarse = (whole + 128) >> 8;
+    const int32_t fine = whole - coarse * 256 < 127 ? whole - coarse * 256 : 127;
+    out[d] = (int8_t)coarse, out[dim + d] = (int8_t)fine;
+    sums[0] += coarse, sums[1] += fine;
+  }
+  row.scale = largest / steps + nothing;
+  row.start[0] = -128 * sums[0], row.start[1] = -128 * sums[1];
 }
 
-// Scores of R queries against the keys.
-template <int R>
-inline void score_rows(const float* const* queries, const float* transposed, int64_t dim, float scale, float (*scores)[KEYS]) {
+// Scores of R queries against fp32 or bf16 keys.
+template <int PACK, int R>
+inline void score_floats(const float* const* queries, const Tile& tile, int64_t dim, float scale, float (*scores)[KEYS]) {
   F16 low[R], high[R];
   QK_UNROLL
   for (int r = 0; r < R; r++) low[r] = high[r] = f_zero();
-  for (int64_t d = 0; d < dim; d++) {
-    const F16 key0 = f_load(transposed + d * KEYS), key1 = f_load(transposed + d * KEYS + 16);
-    QK_UNROLL
-    for (int r = 0; r < R; r++) {
-      const F16 query = f_set1(queries[r][d]);
-      low[r] = f_fma(query, key0, low[r]);
-      high[r] = f_fma(query, key1, high[r]);
+  const uint8_t *k0 = tile.keys[0], *k1 = tile.keys[1];
+  for (int64_t d = 0; d < dim; d += PACK, k0 += tile.stride, k1 += tile.stride) {
+    if (PACK == 1) {
+      const F16 key0 = f_load((const float*)k0), key1 = f_load((const float*)k1);
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
+        const F16 query = f_set1(queries[r][d]);
+        low[r] = f_fma(query, key0, low[r]);
+        high[r] = f_fma(query, key1, high[r]);
+      }
+    } else {
+      const I16 pair0 = i_load(k0), pair1 = i_load(k1);
+      const F16 even0 = f_even_bf16(pair0), odd0 = f_odd_bf16(pair0), even1 = f_even_bf16(pair1), odd1 = f_odd_bf16(pair1);
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
+        const F16 even = f_set1(queries[r][d]), odd = f_set1(queries[r][d + 1]);
+        low[r] = f_fma(odd, odd0, f_fma(even, even0, low[r]));
+        high[r] = f_fma(odd, odd1, f_fma(even, even1, high[r]));
+      }
     }
   }
   QK_UNROLL
   for (int r = 0; r < R; r++) {
     f_store(scores[r], f_mul(low[r], f_set1(scale)));
-    f_store(scores[r] + 16, f_mul(high[r], f_set1(scale)));
+    f_store(scores[r] + LANES, f_mul(high[r], f_set1(scale)));
+  }
+}
+
+// Scores of R queries against int8 keys; rows[r] is the place of a query in the pass.
+template <int R>
+inline void score_bytes(const Pass& pass, const int* rows, const Tile& tile, int64_t dim, float scale, float (*scores)[KEYS]) {
+  I16 coarse[2][R], fine[2][R];
+  const int8_t* queries[R];
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    queries[r] = pass.queries + rows[r] * 2 * dim;
+    coarse[0][r] = coarse[1][r] = i_set1(pass.query_rows[rows[r]].start[0]);
+    fine[0][r] = fine[1][r] = i_set1(pass.query_rows[rows[r]].start[1]);
+  }
+  const uint8_t *k0 = tile.keys[0], *k1 = tile.keys[1];
+  for (int64_t d = 0; d < dim; d += 4, k0 += tile.stride, k1 += tile.stride) {
+    const I16 key0 = i_load(k0), key1 = i_load(k1);
+    QK_UNROLL
+    for (int r = 0; r < R; r++) {
+      const I16 high = i_broadcast(queries[r] + d), low = i_broadcast(queries[r] + dim + d);
+      coarse[0][r] = i_dot(coarse[0][r], key0, high);
+      coarse[1][r] = i_dot(coarse[1][r], key1, high);
+      fine[0][r] = i_dot(fine[0][r], key0, low);
+      fine[1][r] = i_dot(fine[1][r], key1, low);
+    }
+  }
+  const F16 scale0 = f_mul(f_load(tile.key_scale), f_set1(scale)), scale1 = f_mul(f_load(tile.key_scale + LANES), f_set1(scale));
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    const F16 step = f_set1(pass.query_rows[rows[r]].scale), steps = f_set1(256.0f);
+    f_store(scores[r], f_mul(f_mul(f_fma(f_of_i(coarse[0][r]), steps, f_of_i(fine[0][r])), step), scale0));
+    f_store(scores[r] + LANES, f_mul(f_mul(f_fma(f_of_i(coarse[1][r]), steps, f_of_i(fine[1][r])), step), scale1));
   }
 }
 
@@ -95,103 +167,141 @@ inline void add_all_values(float* const* rows, const float* corrections, float (
     }
 }
 
-struct Pass {
-  alignas(64) float sums[(MAX_PASS + PAD) * MAX_DIM];
-  float largest[MAX_PASS + PAD], weight_sum[MAX_PASS + PAD];
-  alignas(64) float transposed[MAX_DIM * KEYS];
-};
-
 // Rows `first` .. `first + R` of a pass against the keys from position `start`. A row is one head of one token.
-template <int R>
-inline void attend_rows(const Heads& h, Pass& pass, int first, int rows, const float* q, int64_t q_stride, const float* const* values,
+template <int PACK, int R>
+inline void attend_rows(const Heads& h, Pass& pass, const Tile& tile, int first, int rows, const float* q, int64_t q_stride,
                         int64_t start, int64_t first_position) {
   const int64_t group = h.heads / h.kv_heads, dim = h.dim;
-  const float* queries[R];
+  int row_of[R];
   float* sums[R];
   float corrections[R];
   alignas(64) float scores[R][KEYS];
   for (int r = 0; r < R; r++) {
-    const int64_t row = first + r < rows ? first + r : rows - 1;
-    queries[r] = q + row / group * q_stride + row % group * dim;
+    row_of[r] = first + r < rows ? first + r : rows - 1;
     sums[r] = pass.sums + (first + r) * dim;
   }
-  score_rows<R>(queries, pass.transposed, dim, h.scale, scores);
+  if (PACK == CACHE_INT8) {
+    score_bytes<(R < 4 ? R : 4)>(pass, row_of, tile, dim, h.scale, scores);
+    if (R == 8) score_bytes<(R < 4 ? R : 4)>(pass, row_of + 4 % R, tile, dim, h.scale, scores + 4 % R);
+  } else {
+    const float* queries[R];
+    for (int r = 0; r < R; r++) queries[r] = q + row_of[r] / group * q_stride + row_of[r] % group * dim;
+    score_floats<PACK, R>(queries, tile, dim, h.scale, scores);
+  }
   for (int r = 0; r < R; r++) {
-    const int64_t row = first + r < rows ? first + r : rows - 1;
-    const int64_t position = first_position + row / group;
+    const int64_t position = first_position + row_of[r] / group;
     const int64_t last = position - start, before = h.window > 0 ? position - h.window - start : -1;
     const bool edge = last < KEYS - 1 || before >= 0;  // keys after `last`, and up to `before`, are hidden from this row
     if (edge)
       for (int j = 0; j < KEYS; j++)
         if (j > last || j <= before) scores[r][j] = -INFINITY;
     float& largest = pass.largest[first + r];
-    const float highest = f_hmax(f_max(f_load(scores[r]), f_load(scores[r] + 16)));
+    const float highest = f_hmax(f_max(f_load(scores[r]), f_load(scores[r] + LANES)));
     const float now = highest > largest ? highest : largest;
     if (now == -INFINITY) {  // nothing visible yet: exp(-inf + inf) would make a NaN of it
       for (int j = 0; j < KEYS; j++) scores[r][j] = 0;
       corrections[r] = 1;
       continue;
     }
-    F16 weight0 = f_exp(f_sub(f_load(scores[r]), f_set1(now))), weight1 = f_exp(f_sub(f_load(scores[r] + 16), f_set1(now)));
-    f_store(scores[r], weight0);
-    f_store(scores[r] + 16, weight1);
+    F16 weight0 = f_exp(f_sub(f_load(scores[r]), f_set1(now))), weight1 = f_exp(f_sub(f_load(scores[r] + LANES), f_set1(now)));
     if (edge) {  // e^-inf is not quite 0 here
+      f_store(scores[r], weight0);
+      f_store(scores[r] + LANES, weight1);
       for (int j = 0; j < KEYS; j++)
         if (j > last || j <= before) scores[r][j] = 0;
-      weight0 = f_load(scores[r]), weight1 = f_load(scores[r] + 16);
+      weight0 = f_load(scores[r]), weight1 = f_load(scores[r] + LANES);
     }
     corrections[r] = largest == now ? 1.0f : std::exp(largest - now);
     largest = now;
     pass.weight_sum[first + r] = pass.weight_sum[first + r] * corrections[r] + f_sum(f_add(weight0, weight1));
+    if (PACK == CACHE_INT8) {
+      weight0 = f_mul(weight0, f_load(tile.value_scale));
+      weight1 = f_mul(weight1, f_load(tile.value_scale + LANES));
+    }
+    f_store(scores[r], weight0);
+    f_store(scores[r] + LANES, weight1);
   }
   if (R == 8) {
-    add_all_values<4>(sums, corrections, scores, values, dim);
-    add_all_values<4>(sums + 4 % R, corrections + 4 % R, scores + 4 % R, values, dim);
+    add_all_values<4>(sums, corrections, scores, tile.values, dim);
+    add_all_values<4>(sums + 4 % R, corrections + 4 % R, scores + 4 % R, tile.values, dim);
   } else {
-    add_all_values<R>(sums, corrections, scores, values, dim);
+    add_all_values<R>(sums, corrections, scores, tile.values, dim);
   }
 }
 
-inline void attend_pass(const Heads& h, const float* q, int64_t q_stride, float* out, const float* keys, const float* values,
-                        const int32_t* table, int64_t kv_head, int64_t first_position, int tokens) {
+// Finds the positions start .. start + 31 of a request. Those beyond `last` are never looked at as values (memory that was never
+// written may hold NaN, and 0 times NaN is NaN): they repeat `last`, and the caller hides them from every row.
+template <int PACK>
+inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head, int64_t start, int64_t last, Pass& pass, Tile& tile) {
+  const int64_t size = cache.block_size, dim = cache.dim;
+  for (int half = 0; half < 2; half++) {
+    const int64_t from = start + half * LANES <= last ? start + half * LANES : start;
+    const int64_t block = from / size, inside = from % size;
+    if (size % LANES == 0) {
+      tile.keys[half] = cache.key_lane(table[block], kv_head, inside);
+      tile.stride = size * 4;
+      if (PACK == CACHE_INT8)
+        f_store(tile.key_scale + half * LANES, f_load(cache.key_scale + cache.head_of(table[block], kv_head) * size + inside));
+    } else {
+      tile.keys[half] = pass.keys[half];
+      tile.stride = LANES * 4;
+      for (int j = 0; j < LANES; j++) {
+        const int64_t position = from + j < last ? from + j : last, at = table[position / size];
+        const uint8_t* lane = cache.key_lane(at, kv_head, position % size);
+        for (int64_t d = 0; d < dim / PACK; d++) memcpy(pass.keys[half] + (d * LANES + j) * 4, lane + d * size * 4, 4);
+        if (PACK == CACHE_INT8) tile.key_scale[half * LANES + j] = cache.key_scale[cache.head_of(at, kv_head) * size + position % size];
+      }
+    }
+  }
+  int64_t position = start, block = start / size, inside = start % size;
+  for (int j = 0; j < KEYS; j++) {
+    const uint8_t* row = cache.value_row(table[block], kv_head, inside);
+    if (PACK == CACHE_FP32) {
+      tile.values[j] = (const float*)row;
+    } else {
+      tile.values[j] = pass.values + j * dim;
+      widen<PACK>(row, pass.values + j * dim, dim);
+      if (PACK == CACHE_INT8) tile.value_scale[j] = cache.value_scale[cache.head_of(table[block], kv_head) * size + inside];
+    }
+    if (position < last) {
+      position++;
+      if (++inside == size) inside = 0, block++;
+    }
+  }
+}
+
+// Ask for the keys and values of the blocks that the positions start .. start + 31 begin in.
+inline void prefetch_tile(const Cache& cache, const int32_t* table, int64_t kv_head, int64_t start, int64_t last) {
+  for (int64_t from = start; from <= last && from < start + KEYS; from += cache.block_size) {
+    const int64_t block = cache.head_of(table[from / cache.block_size], kv_head) * cache.head_bytes();
+    for (int64_t byte = 0; byte < cache.head_bytes(); byte += 64) {
+      __builtin_prefetch(cache.keys + block + byte);
+      __builtin_prefetch(cache.values + block + byte);
+    }
+  }
+}
+
+template <int PACK>
+inline void attend_pass(const Heads& h, const Cache& cache, const float* q, int64_t q_stride, float* out, const int32_t* table,
+                        int64_t kv_head, int64_t first_position, int tokens) {
   static thread_local Pass pass;
-  const int64_t group = h.heads / h.kv_heads, dim = h.dim, token_floats = h.kv_heads * dim;
+  const int64_t group = h.heads / h.kv_heads, dim = h.dim;
   const int rows = (int)(tokens * group);
   for (int r = 0; r < rows + PAD; r++) pass.largest[r] = -INFINITY, pass.weight_sum[r] = 0;
   memset(pass.sums, 0, (rows + PAD) * dim * sizeof(float));
+  if (PACK == CACHE_INT8)
+    for (int r = 0; r < rows; r++)
+      quantize_query(q + r / group * q_stride + r % group * dim, dim, pass.query_rows[r], pass.queries + r * 2 * dim);
   const int64_t last_position = first_position + tokens - 1;
   const int64_t start_at = h.window > 0 && first_position >= h.window ? first_position - h.window + 1 : 0;
-  // Where each position lies in the caches, walked without a division a key; positions beyond the last repeat it and are hidden
-  // from every row.
-  int64_t start = start_at / KEYS * KEYS, position = start, block = start / h.block_size, inside = start % h.block_size;
-  int64_t here[KEYS], next[KEYS];
-  const auto locate = [&](int64_t* offsets) {
-    for (int j = 0; j < KEYS; j++) {
-      offsets[j] = ((int64_t)table[block] * h.block_size + inside) * token_floats + kv_head * dim;
-      if (position < last_position) {
-        position++;
-        if (++inside == h.block_size) inside = 0, block++;
-      }
-    }
-  };
-  locate(next);
-  for (; start <= last_position; start += KEYS) {
-    memcpy(here, next, sizeof(here));
-    locate(next);
-    const float *key_at[KEYS], *value_at[KEYS];
-    for (int j = 0; j < KEYS; j++) {
-      key_at[j] = keys + here[j];
-      value_at[j] = values + here[j];
-      for (int64_t d = 0; d < dim; d += 16) {
-        __builtin_prefetch(keys + next[j] + d);
-        __builtin_prefetch(values + next[j] + d);
-      }
-    }
-    transpose_keys(key_at, dim, pass.transposed);
+  Tile tile;
+  for (int64_t start = start_at / KEYS * KEYS; start <= last_position; start += KEYS) {
+    prefetch_tile(cache, table, kv_head, start + KEYS, last_position);
+    open_tile<PACK>(cache, table, kv_head, start, last_position, pass, tile);
     int r = start > first_position ? (int)((start - first_position) * group) : 0;  // earlier tokens see none of these keys
-    for (; r + 4 < rows; r += 8) attend_rows<8>(h, pass, r, rows, q, q_stride, value_at, start, first_position);
-    for (; r + 1 < rows; r += 4) attend_rows<4>(h, pass, r, rows, q, q_stride, value_at, start, first_position);
-    for (; r < rows; r++) attend_rows<1>(h, pass, r, rows, q, q_stride, value_at, start, first_position);
+    for (; r + 4 < rows; r += 8) attend_rows<PACK, 8>(h, pass, tile, r, rows, q, q_stride, start, first_position);
+    for (; r + 1 < rows; r += 4) attend_rows<PACK, 4>(h, pass, tile, r, rows, q, q_stride, start, first_position);
+    for (; r < rows; r++) attend_rows<PACK, 1>(h, pass, tile, r, rows, q, q_stride, start, first_position);
   }
   for (int r = 0; r < rows; r++) {
     float* to = out + r / group * q_stride + r % group * dim;
@@ -200,12 +310,9 @@ inline void attend_pass(const Heads& h, const float* q, int64_t q_stride, float*
   }
 }
 
-// p: out, q, key cache, value cache, block tables (int32), query starts (int64, rows + 1), context lengths (int64);
-// n: rows, heads, kv_heads, head_dim, block_size, blocks in a table, window (0: none); x: scale of the scores.
-// q and out are [tokens][heads][head_dim]; caches [blocks][block_size][kv_heads][head_dim].
-void attend(const Op& op, int thread, int threads) {
-  const Heads h = {op.n[1], op.n[2], op.n[3], op.n[4], op.n[5], op.n[6], (float)op.x};
-  const int64_t *starts = (const int64_t*)op.p[5], *lengths = (const int64_t*)op.p[6];
+template <int PACK>
+inline void attend_all(const Op& op, const Heads& h, const Cache& cache, int thread, int threads) {
+  const int64_t *starts = (const int64_t*)op.p[7], *lengths = (const int64_t*)op.p[8];
   const int64_t group = h.heads / h.kv_heads, q_stride = h.heads * h.dim;
   int64_t step = MAX_PASS / group;
   if (step > QUERIES) step = QUERIES;
@@ -217,10 +324,21 @@ void attend(const Op& op, int thread, int threads) {
         if (item % threads != thread) continue;
         const int count = (int)(from + step <= tokens ? step : tokens - from);
         const int64_t at = (starts[row] + from) * q_stride + kv_head * group * h.dim;
-        attend_pass(h, (const float*)op.p[1] + at, q_stride, (float*)op.p[0] + at, (const float*)op.p[2], (const float*)op.p[3],
-                    (const int32_t*)op.p[4] + row * h.max_blocks, kv_head, history + from, count);
+        attend_pass<PACK>(h, cache, (const float*)op.p[1] + at, q_stride, (float*)op.p[0] + at, (const int32_t*)op.p[6] + row * h.max_blocks,
+                          kv_head, history + from, count);
       }
   }
+}
+
+// p: out, q, keys, values, key scales, value scales, block tables (int32), query starts (int64, rows + 1), context lengths (int64);
+// n: rows, heads, kv_heads, head_dim, block_size, blocks in a table, window (0: none), pack; x: scale of the scores.
+// q and out are [tokens][heads][head_dim].
+void attend(const Op& op, int thread, int threads) {
+  const Heads h = {op.n[1], op.n[2], op.n[3], op.n[4], op.n[5], op.n[6], (float)op.x};
+  const Cache cache = {(uint8_t*)op.p[2], (uint8_t*)op.p[3], (float*)op.p[4], (float*)op.p[5], h.kv_heads, h.dim, h.block_size, (int)op.n[7]};
+  if (cache.pack == CACHE_FP32) attend_all<CACHE_FP32>(op, h, cache, thread, threads);
+  else if (cache.pack == CACHE_BF16) attend_all<CACHE_BF16>(op, h, cache, thread, threads);
+  else attend_all<CACHE_INT8>(op, h, cache, thread, threads);
 }
 
 }  // namespace

@@ -137,15 +137,4 @@ void add(const Op& op, int thread, int threads) {
   for (; k < share.last; k++) y[k] = a[k] + b[k];
 }
 
-// p: k, v, key cache, value cache, slots (int64); n: tokens, width (K * D floats)
-void write_cache(const Op& op, int thread, int threads) {
-  const int64_t width = op.n[1];
-  const int64_t* slots = (const int64_t*)op.p[4];
-  const Share tokens = share_of(op.n[0], 4, thread, threads);
-  for (int64_t token = tokens.first; token < tokens.last; token++) {
-    memcpy((float*)op.p[2] + slots[token] * width, (const float*)op.p[0] + token * width, width * sizeof(float));
-    memcpy((float*)op.p[3] + slots[token] * width, (const float*)op.p[1] + token * width, width * sizeof(float));
-  }
-}
-
 }  // namespace

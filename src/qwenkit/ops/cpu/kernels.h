@@ -1,6 +1,7 @@
 // All kernels of one instruction set, in the order of `Kind`. Included by one file for each set, compiled with its flags.
 #pragma once
 #include "attention.h"
+#include "cache.h"
 #include "elementwise.h"
 #include "linear.h"
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import torch
 
+from qwenkit.ops.cache import KVCache
 from qwenkit.ops.cpu.program import Executor, Kind
 from qwenkit.ops.packed import PackedWeight
 
 # Weights in groups this small (GGUF's blocks, small models) meet activations of 16 bits, as two rows of int8: SmolLM2 changes its
 # answers when they are rounded to 8. Decoding waits for memory and hardly notices; a prompt takes up to twice the products.
 FINE_GROUP = 32
-MAX_HEAD_DIM, MAX_GROUP = 256, 128  # attention.h: MAX_DIM, and heads that share a key head within MAX_PASS
+MAX_HEAD_DIM, MAX_GROUP = 256, 128  # cache.h: MAX_DIM; attention.h: heads that share a key head within MAX_PASS
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 class NativeOps:
@@ -84,36 +86,36 @@ class NativeOps:
             recording.quantized[key] = q, scale, total
         return q, scale, total
 
-    def write_cache(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
-        width = k.shape[1] * k.shape[2]
-        pointers = (k, v, key_cache, value_cache, slots)
-        self.executor.submit(Kind.WRITE_CACHE, pointers, (k.shape[0], width), writes=(key_cache, value_cache))
+    def write_cache(self, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> None:
+        memory = (cache.keys, cache.values, cache.key_scale, cache.value_scale)
+        numbers = (k.shape[0], cache.heads, cache.head_dim, cache.block_size, cache.pack)
+        writes = [tensor for tensor in memory if tensor is not None]
+        self.executor.submit(Kind.WRITE_CACHE, (k, v, *memory, slots), numbers, writes=writes)
 
     def paged_attention(
         self,
         q: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
+        cache: KVCache,
         query_starts: torch.Tensor,
         context_lengths: torch.Tensor,
         block_tables: torch.Tensor,
         window: int | None,
     ) -> torch.Tensor:
         out = torch.empty_like(q)
-        _, block_size, kv_heads, dim = key_cache.shape
         rows, max_blocks = block_tables.shape
-        numbers = (rows, q.shape[1], kv_heads, dim, block_size, max_blocks, window or 0)
-        pointers = (out, q, key_cache, value_cache, block_tables, query_starts, context_lengths)
+        dim = cache.head_dim
+        numbers = (rows, q.shape[1], cache.heads, dim, cache.block_size, max_blocks, window or 0, cache.pack)
+        memory = (cache.keys, cache.values, cache.key_scale, cache.value_scale)
+        pointers = (out, q, *memory, block_tables, query_starts, context_lengths)
         self.executor.submit(Kind.ATTEND, pointers, numbers, writes=(out,), x=dim**-0.5)
         return out
 
     @staticmethod
-    def can_attend(q: torch.Tensor, key_cache: torch.Tensor) -> bool:
-        return q.shape[2] <= MAX_HEAD_DIM and q.shape[1] // key_cache.shape[2] <= MAX_GROUP
+    def can_cache(cache: KVCache) -> bool:
+        return (
+            cache.values.dtype in CACHE_DTYPES and cache.values.device.type == "cpu" and cache.head_dim <= MAX_HEAD_DIM
+        )
+
+    @staticmethod
+    def can_attend(q: torch.Tensor, cache: KVCache) -> bool:
+        return q.shape[1] // cache.heads <= MAX_GROUP

@@ -31,6 +31,7 @@ static inline F16 f_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loa
 static inline F16 f_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
+static inline F16 f_of_i8(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 static inline F16 f_round(F16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 static inline F16 f_of_i(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 static inline I16 i_of_f(F16 a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -56,34 +57,6 @@ static inline I16 i_dot(I16 acc, I16 u, I16 s) {
 // the lower and the upper bf16 of each 32-bit lane as fp32
 static inline F16 f_even_bf16(I16 a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
 static inline F16 f_odd_bf16(I16 a) { return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32((int)0xffff0000)))}; }
-// out[d * stride + j] = rows[j][d] for 16 rows and 16 values of each
-static inline void f_transpose16(const float* const* rows, float* out, int64_t stride) {
-  __m512 r[16], t[16];
-  QK_UNROLL
-  for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_ps(rows[j]);
-  QK_UNROLL
-  for (int j = 0; j < 16; j += 2) {
-    t[j] = _mm512_unpacklo_ps(r[j], r[j + 1]);
-    t[j + 1] = _mm512_unpackhi_ps(r[j], r[j + 1]);
-  }
-  QK_UNROLL
-  for (int j = 0; j < 16; j += 4) {
-    for (int half = 0; half < 2; half++) {
-      const __m512d low = _mm512_castps_pd(t[j + half]), high = _mm512_castps_pd(t[j + 2 + half]);
-      r[j + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      r[j + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  }
-  QK_UNROLL
-  for (int d = 0; d < 4; d++) {  // r[4 i + d] has dims d, d + 4, d + 8, d + 12 of rows 4 i .. 4 i + 3
-    const __m512 x = _mm512_shuffle_f32x4(r[d], r[4 + d], 0x88), y = _mm512_shuffle_f32x4(r[d], r[4 + d], 0xdd);
-    const __m512 z = _mm512_shuffle_f32x4(r[8 + d], r[12 + d], 0x88), w = _mm512_shuffle_f32x4(r[8 + d], r[12 + d], 0xdd);
-    _mm512_storeu_ps(out + d * stride, _mm512_shuffle_f32x4(x, z, 0x88));
-    _mm512_storeu_ps(out + (d + 4) * stride, _mm512_shuffle_f32x4(y, w, 0x88));
-    _mm512_storeu_ps(out + (d + 8) * stride, _mm512_shuffle_f32x4(x, z, 0xdd));
-    _mm512_storeu_ps(out + (d + 12) * stride, _mm512_shuffle_f32x4(y, w, 0xdd));
-  }
-}
 
 #else
 
@@ -124,6 +97,10 @@ static inline __m256 f_bf16x8(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 static inline F16 f_bf16(const uint16_t* p) { return {f_bf16x8(p), f_bf16x8(p + 8)}; }
+static inline F16 f_of_i8(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
 static inline F16 f_round(F16 x) {
   return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
           _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -170,18 +147,6 @@ static inline F16 f_even_bf16(I16 x) {
 static inline F16 f_odd_bf16(I16 x) {
   const __m256i m = _mm256_set1_epi32((int)0xffff0000);
   return {_mm256_castsi256_ps(_mm256_and_si256(x.a, m)), _mm256_castsi256_ps(_mm256_and_si256(x.b, m))};
-}
-static inline void f_transpose16(const float* const* rows, float* out, int64_t stride) {
-  for (int d = 0; d < 16; d += 4)
-    for (int j = 0; j < 16; j += 4) {
-      __m128 r0 = _mm_loadu_ps(rows[j] + d), r1 = _mm_loadu_ps(rows[j + 1] + d);
-      __m128 r2 = _mm_loadu_ps(rows[j + 2] + d), r3 = _mm_loadu_ps(rows[j + 3] + d);
-      _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
-      _mm_storeu_ps(out + d * stride + j, r0);
-      _mm_storeu_ps(out + (d + 1) * stride + j, r1);
-      _mm_storeu_ps(out + (d + 2) * stride + j, r2);
-      _mm_storeu_ps(out + (d + 3) * stride + j, r3);
-    }
 }
 #undef QK_TWICE
 #endif
