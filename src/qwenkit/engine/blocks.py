@@ -66,6 +66,13 @@ class BlockPool:
             self._block_of[name] = block
             self._hash_of[block] = name
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Take the names of blocks away, so that nobody else will share what they hold."""
+        for block in blocks:
+            name = self._hash_of.pop(block, None)
+            if name is not None:
+                del self._block_of[name]
+
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each block of a table. The table's end becomes free first and is reused first, because
         the beginning is what other requests are likely to share.

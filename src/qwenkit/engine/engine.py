@@ -6,6 +6,7 @@ blocks given back. It runs in one thread and knows nothing of who waits for the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
 
@@ -14,6 +15,7 @@ import torch
 
 from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.config import EngineConfig
+from qwenkit.engine.isolation import compute_apart
 from qwenkit.engine.request import Delta, Sequence
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampler import Sampled, describe, sample
@@ -22,6 +24,8 @@ from qwenkit.engine.scheduler import Row, Scheduler
 from qwenkit.model.rope import ntk_alpha
 from qwenkit.text.stream import Detokenizer, StopStrings
 from qwenkit.text.tokenizer import Tokenizer
+
+log = logging.getLogger("qwenkit.engine")
 
 LOGIT_ROWS = 256  # rows of a prompt that meet the vocabulary at once when their log-probabilities are asked for
 
@@ -51,14 +55,24 @@ class Engine:
         self._seeds = np.random.default_rng(config.seed)
         self._live: dict[int, list[Sequence]] = {}
         self._next_id = 0
+        self.num_corrupted = 0  # answers ended because their logits were not finite
+        self.num_failed = 0  # answers ended because computing them raised
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, prompt: AbstractSequence[int], params: SamplingParams | None = None) -> int:
+    def add(
+        self,
+        prompt: AbstractSequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_namespace: str = "",
+    ) -> int:
         """Queue a prompt of token ids; returns the request's id.
 
+        A higher `priority` runs first, a lower one is preempted first. Only requests of one `cache_namespace` share a prefix.
         Raises ValueError for an empty prompt, one that leaves no room for an answer, or a token id outside the vocabulary.
         """
         params = (params or SamplingParams()).with_defaults(self.defaults)
@@ -69,6 +83,8 @@ class Engine:
         self._next_id += 1
         seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
         sequences = [self._sequence(request_id, index, prompt, params, seed) for index in range(params.n)]
+        for sequence in sequences:
+            sequence.priority, sequence.cache_namespace = priority, cache_namespace
         sequences[0].followers = sequences[1:]
         self._live[request_id] = sequences
         self.scheduler.add(sequences[0])
@@ -100,19 +116,50 @@ class Engine:
         rows = self.scheduler.schedule()
         if not rows:
             return []
+        deltas: list[Delta] = []
+        for row, choice in compute_apart(self._compute, rows):
+            if isinstance(choice, Exception):
+                self.num_failed += 1
+                deltas += self._fail(row.sequence, "the engine could not compute this request")
+            elif choice is not None and choice.token_id < 0:
+                self.num_corrupted += 1
+                self.pool.forget(row.sequence.block_table)
+                deltas += self._fail(row.sequence, "the model gave no usable next token: its logits are not finite")
+            else:
+                samples = row.samples
+                self.scheduler.computed(row)
+                if samples:
+                    assert choice is not None
+                    deltas += self._accept(row.sequence, choice)
+        if not self.has_work:
+            self.check()
+        return deltas
+
+    def _compute(self, rows: list[Row]) -> list[Sampled | None]:
+        """The next token of each row that samples. Changes nothing that would stand in the way of doing it again."""
         computed = self.runner.run(rows)
         if computed.hidden is not None:
             for row, hidden in zip(rows, computed.hidden.split([row.num_tokens for row in rows]), strict=True):
                 if row.sequence.prompt_logprobs is not None:
                     self._prompt_logprobs(row, hidden)
         sampling = [row.sequence for row in rows if row.samples]
-        sampled = sample(computed.logits, sampling) if sampling else []
-        for row in rows:
-            self.scheduler.computed(row)
-        deltas = [self._append(sequence, choice) for sequence, choice in zip(sampling, sampled, strict=True)]
-        if not self.has_work:
-            self.check()
-        return deltas
+        sampled = iter(sample(computed.logits, sampling) if sampling else [])
+        return [next(sampled) if row.samples else None for row in rows]
+
+    def _accept(self, sequence: Sequence, choice: Sampled) -> list[Delta]:
+        try:
+            return [self._append(sequence, choice)]
+        except Exception:
+            log.exception("a token could not be added to request %d", sequence.request_id)
+            self.num_failed += 1
+            return self._fail(sequence, "the engine could not add a token to this answer")
+
+    def _fail(self, sequence: Sequence, error: str) -> list[Delta]:
+        """End an answer, and those of its request that wait for it to begin, with an error."""
+        ended = [sequence, *sequence.followers]
+        for one in ended:
+            self._finish(one)
+        return [Delta(one.request_id, one.index, (), "", finish_reason="error", error=error) for one in ended]
 
     def check(self) -> None:
         """Assert that no block is lost and nothing is remembered that nobody waits for."""
@@ -194,6 +241,7 @@ class Engine:
         if first:
             for follower in sequence.followers:
                 self.scheduler.add(follower)
+            sequence.followers = []
         if finish_reason is not None:
             self._finish(sequence)
         return delta

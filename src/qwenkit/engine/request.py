@@ -25,9 +25,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to one answer. `finish_reason` (stop, length or abort) is set on the last one.
+    """What one step added to one answer. `finish_reason` (stop, length or error) is set on the last one.
 
-    `stop_reason` is the stop string or the stop token id that ended it; `text` never ends in half a character.
+    `stop_reason` is the stop string or the stop token id that ended it; `text` never ends in half a character. `error` says what
+    went wrong where the engine could not compute an answer any further; no token comes with it.
     """
 
     request_id: int
@@ -39,6 +40,7 @@ class Delta:
     stop_reason: int | str | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     num_cached_tokens: int = 0
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,10 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    followers: list[Sequence] = field(default_factory=list)  # answers 1 .. n-1, which start when the prompt is computed
+    followers: list[Sequence] = field(default_factory=list)  # answers 1 .. n-1, until the prompt is computed and they start
+    priority: int = 0
+    order: int = 0  # place in the line of those that ever waited; given by the scheduler
+    cache_namespace: str = ""
 
     @property
     def num_output(self) -> int:
@@ -106,10 +111,10 @@ class Sequence:
 
     def extend_hashes(self, block_size: int) -> list[bytes]:
         """Chained hashes of all blocks that the tokens fill. What else decides a key or value is in the chain's first link:
-        for Qwen-1 the rotary stretch.
+        for Qwen-1 the rotary stretch; and whose blocks are not to be shared with whom.
         """
         hashes = self.block_hashes
-        parent = hashes[-1] if hashes else repr(self.rope_alpha).encode()
+        parent = hashes[-1] if hashes else repr((self.rope_alpha, self.cache_namespace)).encode()
         for start in range(len(hashes) * block_size, len(self.tokens) - block_size + 1, block_size):
             parent = chain_hash(parent, self.tokens[start : start + block_size])
             hashes.append(parent)

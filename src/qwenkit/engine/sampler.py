@@ -19,6 +19,8 @@ CANDIDATES = 256  # how many of the likeliest tokens are sorted before a whole s
 
 @dataclass(frozen=True)
 class Sampled:
+    """`token_id` is -1 where the logits gave no choice: NaN, infinity, or every token barred."""
+
     token_id: int
     logprob: TokenLogprob | None
 
@@ -35,14 +37,21 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
         _adjust(row, sequence)
     # numpy's argmax takes a twentieth of torch's time on a CPU
     tokens: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
+    peaks = logits[torch.arange(len(tokens), device=logits.device), tokens]  # a NaN wins every argmax
+    for row, sound in enumerate(peaks.isfinite().tolist()):
+        if not sound:
+            tokens[row] = -1
     for row, sequence in enumerate(sequences):
         temperature = sequence.params.temperature
         assert temperature is not None
-        if temperature >= GREEDY_BELOW:
+        if temperature >= GREEDY_BELOW and tokens[row] >= 0:
             tokens[row] = _draw(logits[row] / temperature, sequence)
     return [
         Sampled(
-            token, describe(raw_logprobs[row], token, sequence.params.logprobs or 0) if row in raw_logprobs else None
+            token,
+            describe(raw_logprobs[row], token, sequence.params.logprobs or 0)
+            if row in raw_logprobs and token >= 0
+            else None,
         )
         for row, (token, sequence) in enumerate(zip(tokens, sequences, strict=True))
     ]

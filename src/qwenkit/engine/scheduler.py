@@ -3,12 +3,14 @@
 A step has a budget of tokens. Sequences that run get theirs first, oldest first (one token while decoding, a chunk of the prompt
 before that); what is left admits waiting ones. A sequence is admitted when blocks for all its tokens are free; when a running one
 needs a block and none is free, the youngest running sequence is preempted: it loses its blocks, keeps its tokens, and waits first
-in line to be computed again. Since the oldest is never preempted for others and fits alone, every sequence finishes.
+in line to be computed again. Priority comes before age in both lines: one that waits goes ahead of running ones of lower
+priority, and preempts them where it needs their seat or their blocks. Since the first in rank is never preempted for others and
+fits alone, every sequence finishes.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
 
 from qwenkit.engine.blocks import BlockPool
@@ -33,8 +35,9 @@ class Scheduler:
     def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
         self.config = config
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
+        self.waiting: list[Sequence] = []  # both by rank
+        self.running: list[Sequence] = []
+        self._next_order = 0
         self.num_preemptions = 0
 
     @property
@@ -42,7 +45,9 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        sequence.order = self._next_order
+        self._next_order += 1
+        insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a finished or aborted sequence out, wherever it is, and give its blocks back."""
@@ -55,50 +60,73 @@ class Scheduler:
     def schedule(self) -> list[Row]:
         """The rows of the next step; empty only when there is no work."""
         budget = self.config.max_batch_tokens
-        preempted = self.num_preemptions
         rows: list[Row] = []
-        while len(rows) < len(self.running) and budget:
-            sequence = self.running[len(rows)]
-            row = Row(sequence, min(sequence.num_pending, budget))
-            if not self._grow(row):
+        admitting = True
+        while budget:
+            place = len(rows)
+            if admitting and self.waiting and self._is_next(self.waiting[0], place):
+                admitting = self._admit(self.waiting[0])
+            elif place == len(self.running):
                 break
-            rows.append(row)
-            budget -= row.num_tokens
-        if self.num_preemptions == preempted:
-            self._admit(rows, budget)
+            else:
+                row = Row(self.running[place], min(self.running[place].num_pending, budget))
+                preempted = self.num_preemptions
+                grown = self._grow(row)
+                admitting = admitting and self.num_preemptions == preempted
+                if not grown:
+                    break
+                rows.append(row)
+                budget -= row.num_tokens
         assert rows or not self.has_work, "there is work but nothing can run"
         return rows
 
+    def _is_next(self, sequence: Sequence, place: int) -> bool:
+        """Whether a waiting sequence's turn comes before that of the running one at `place`."""
+        return place == len(self.running) or _rank(sequence) < _rank(self.running[place])
+
     def _grow(self, row: Row) -> bool:
-        """Hold the blocks that a running row needs, at the cost of younger ones; False when the row itself had to go."""
+        """Hold the blocks that a running row needs, at the cost of lower ranks; False when the row itself had to go."""
         need = self._blocks_for(row.sequence.num_computed + row.num_tokens) - len(row.sequence.block_table)
         while need > self.pool.num_free:
-            victim = self.running.pop()
-            self._release(victim)
-            self.waiting.appendleft(victim)
-            self.num_preemptions += 1
-            if victim is row.sequence:
+            if self._preempt() is row.sequence:
                 return False
         if need > 0:
             row.sequence.block_table += self.pool.allocate(need)
         return True
 
-    def _admit(self, rows: list[Row], budget: int) -> None:
-        while self.waiting and budget and len(self.running) < self.config.max_num_seqs:
-            sequence = self.waiting[0]
-            shared = self.pool.share(self._known_prefix(sequence))
-            need = self._blocks_for(len(sequence.tokens)) - len(shared)
-            if need > self.pool.num_free:
-                self.pool.release(shared)
-                return
-            self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.block_table = shared + self.pool.allocate(need)
-            sequence.num_computed = len(shared) * self.config.block_size
-            if sequence.num_output == 0:
-                sequence.num_cached = sequence.num_computed
-            rows.append(Row(sequence, min(sequence.num_pending, budget)))
-            budget -= rows[-1].num_tokens
+    def _preempt(self) -> Sequence:
+        """Send the last in rank of those running back to wait."""
+        victim = self.running.pop()
+        self._release(victim)
+        insort(self.waiting, victim, key=_rank)
+        self.num_preemptions += 1
+        return victim
+
+    def _outranked(self, sequence: Sequence) -> bool:
+        """Whether something runs that must give way to `sequence`. It has no row in this step yet: rows are given by rank."""
+        return bool(self.running) and self.running[-1].priority < sequence.priority
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let the first in line run, if there is a seat and blocks for all its tokens."""
+        if len(self.running) >= self.config.max_num_seqs:
+            if not self._outranked(sequence):
+                return False
+            self._preempt()
+        shared = self.pool.share(self._known_prefix(sequence))
+        need = self._blocks_for(len(sequence.tokens)) - len(shared)
+        while need > self.pool.num_free and self._outranked(sequence):
+            self._preempt()
+        if need > self.pool.num_free:
+            self.pool.release(shared)
+            return False
+        assert self.waiting[0] is sequence, "who is preempted ranks lower"
+        self.waiting.pop(0)
+        insort(self.running, sequence, key=_rank)
+        sequence.block_table = shared + self.pool.allocate(need)
+        sequence.num_computed = len(shared) * self.config.block_size
+        if sequence.num_output == 0:
+            sequence.num_cached = sequence.num_computed
+        return True
 
     def _known_prefix(self, sequence: Sequence) -> list[bytes]:
         """Hashes that may be looked up. The last token is always computed, for its logits; prompt log-probabilities need
@@ -130,3 +158,8 @@ class Scheduler:
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """Who goes first: the higher priority, then who came first. A running sequence outranks all that wait at its priority."""
+    return -sequence.priority, sequence.order
