@@ -43,17 +43,28 @@ class ServeConfig:
     stall_timeout: float = option(60.0, "seconds in one step of the engine after which /health says 503")
     drain_timeout: float = option(30.0, "seconds that running requests get to finish when the server is told to stop")
     keep_alive: float = option(30.0, "seconds that an idle connection is kept")
-    header_timeout: float = option(20.0, "seconds that a client may take to send a request's head, or each part of a body")
+    header_timeout: float = option(
+        20.0, "seconds that a client may take to send a request's head, or each part of a body"
+    )
     max_connections: int = option(2048, "connections at the same time; more are closed")
     state_dir: str | None = option(None, "folder for files and batches (default: one in the cache folder)")
+    state_disk: str = option("20GiB", "most bytes of files and batches on disk")
+    state_disk_per_key: str = option("5GiB", "most bytes of files and batches that each key may keep")
+    max_batches: int = option(100, "most unfinished batches of each key")
+    max_batch_lines: int = option(50_000, "most requests in one batch")
+    batch_concurrency: int = option(64, "requests of batches at the engine at the same time")
     log_format: str = option("text", "access log as text or json")
     log_contents: bool = option(False, "write prompts and answers to the log")
     metrics_prefix: str = option("qwenkit", "first part of the metrics' names; vllm for dashboards made for vLLM")
-    otlp_endpoint: str | None = option(None, "OpenTelemetry collector (OTLP over HTTP) that gets a span for each request")
+    otlp_endpoint: str | None = option(
+        None, "OpenTelemetry collector (OTLP over HTTP) that gets a span for each request"
+    )
 
     def __post_init__(self) -> None:
         _whole(self, "port", 0, 65535)
         for name in ("max_queued", "max_n", "max_prompts", "max_tools", "max_connections", "max_queued_tokens"):
+            _whole(self, name, 1)
+        for name in ("max_batches", "max_batch_lines", "batch_concurrency"):
             _whole(self, name, 1)
         for name in ("max_stop", "max_logprobs"):
             _whole(self, name, 0)
@@ -62,10 +73,12 @@ class ServeConfig:
                 _whole(self, name, 1)
         for name in ("stall_timeout", "keep_alive", "header_timeout", "grammar_timeout"):
             if not 0 < getattr(self, name) <= 86400:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is a number of seconds above 0, up to 86400")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, allowed is a number of seconds above 0, up to 86400"
+                )
         if not 0 <= self.drain_timeout <= 86400:
             raise ValueError(f"drain_timeout is {self.drain_timeout!r}, allowed is a number of seconds from 0 to 86400")
-        for name in ("max_body", "max_file", "max_grammar"):
+        for name in ("max_body", "max_file", "max_grammar", "state_disk", "state_disk_per_key"):
             if self.bytes_of(name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is a size above 0")
         if self.log_format not in LOG_FORMATS:
