@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwenkit.serve.api.reply import Usage
+
 if TYPE_CHECKING:
     from qwenkit.text.answer import AnswerEvent
 
@@ -18,18 +20,13 @@ Event = dict[str, Any]
 
 
 class MessageWriter:
-    """One message. `start`, then `push` for each piece, then `finish`; each gives the events that became due.
+    """One message. `start`, then `push` for each piece, then `finish`; each gives the events that became due."""
 
-    White space alone is no text block, unless the answer is nothing else: models put line breaks between tool calls.
-    """
-
-    def __init__(self, model: str, num_prompt: int, stop_sequences: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, stop_sequences: Sequence[str] = ()) -> None:
         self._stop_sequences = frozenset(stop_sequences)
         self._content: list[dict[str, Any]] = []
         self._arguments = ""  # of the open tool_use block, or of the last one
         self._open: str | None = None  # type of the open block
-        self._held = ""  # white space that may or may not become text
-        self._num_prompt = num_prompt
         self._usage: dict[str, Any] = {}
         self._message: dict[str, Any] = {
             "id": f"msg_{uuid.uuid4().hex[:24]}",
@@ -41,12 +38,12 @@ class MessageWriter:
             "stop_sequence": None,
         }
 
-    def start(self, num_cached: int = 0) -> list[Event]:
-        """The message's head; `num_cached` of the prompt's tokens were found in the prefix cache."""
+    def start(self, usage: Usage) -> list[Event]:
+        """The message's head. Tokens of the prompt that were found in the prefix cache are not in input_tokens."""
         self._usage = {
-            "input_tokens": self._num_prompt - num_cached,
+            "input_tokens": usage.prompt_tokens - usage.cached_tokens,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": num_cached,
+            "cache_read_input_tokens": usage.cached_tokens,
             "output_tokens": 0,
         }
         head = {**self._message, "content": [], "usage": dict(self._usage)}
@@ -56,7 +53,6 @@ class MessageWriter:
         out: list[Event] = []
         for event in events:
             if event.kind == "tool_call":
-                self._held = ""
                 call_id = f"toolu_{uuid.uuid4().hex[:24]}"
                 self._begin(out, {"type": "tool_use", "id": call_id, "name": event.text, "input": {}})
             elif event.kind == "arguments":
@@ -69,15 +65,9 @@ class MessageWriter:
                 self._text(out, "text", event.text)
         return out
 
-    def finish(
-        self, finish_reason: str, stop_reason: int | str | None, num_output: int, num_thinking: int = 0
-    ) -> list[Event]:
-        """The end: why the engine stopped, the stop string or token it saw, and the tokens of the answer."""
+    def finish(self, finish_reason: str, stop_reason: int | str | None, usage: Usage) -> list[Event]:
+        """The end: why the engine stopped, the stop string or token it saw, and the numbers of tokens."""
         out: list[Event] = []
-        if self._held and not self._content:
-            held, self._held = self._held, ""
-            self._begin(out, {"type": "text", "text": ""})
-            self._append(out, "text", held)
         self._end(out)
         called = any(block["type"] == "tool_use" for block in self._content)
         if finish_reason == "length":
@@ -88,8 +78,9 @@ class MessageWriter:
         else:
             reason = "tool_use" if called else "end_turn"
         self._message["stop_reason"] = reason
-        self._usage["output_tokens"] = num_output
-        self._usage["output_tokens_details"] = {"thinking_tokens": num_thinking}
+        details = usage.as_json()["completion_tokens_details"]
+        self._usage["output_tokens"] = usage.completion_tokens
+        self._usage["output_tokens_details"] = {"thinking_tokens": details["reasoning_tokens"]}
         ended = {name: self._message[name] for name in ("stop_reason", "stop_sequence")}
         out.append({"type": "message_delta", "delta": ended, "usage": dict(self._usage)})
         out.append({"type": "message_stop"})
@@ -101,18 +92,9 @@ class MessageWriter:
 
     def _text(self, out: list[Event], kind: str, text: str) -> None:
         if self._open != kind:
-            text = self._held + text if kind == "text" else text
-            self._held = ""
-            if not text.strip():
-                self._held = text if kind == "text" else ""
-                return
             self._begin(out, {"type": "text", "text": ""} if kind == "text" else _thinking())
-        self._append(out, kind, text)
-
-    def _append(self, out: list[Event], kind: str, text: str) -> None:
-        if text:
-            self._content[-1][kind] += text
-            self._delta(out, {"type": f"{kind}_delta", kind: text})
+        self._content[-1][kind] += text
+        self._delta(out, {"type": f"{kind}_delta", kind: text})
 
     def _begin(self, out: list[Event], block: dict[str, Any]) -> None:
         self._end(out)
@@ -125,7 +107,7 @@ class MessageWriter:
             return
         block = self._content[-1]
         if self._open == "tool_use":
-            block["input"] = _as_object(self._arguments)
+            block["input"] = json.loads(self._arguments or "{}", strict=False)  # the parser let only objects through
         elif self._open == "thinking":
             self._delta(out, {"type": "signature_delta", "signature": ""})
         out.append({"type": "content_block_stop", "index": len(self._content) - 1})
@@ -137,9 +119,3 @@ class MessageWriter:
 
 def _thinking() -> dict[str, Any]:
     return {"type": "thinking", "thinking": "", "signature": ""}
-
-
-def _as_object(arguments: str) -> dict[str, Any]:
-    """Arguments as the object that this API wants; the parser lets only well-formed JSON through."""
-    value = json.loads(arguments) if arguments.strip() else {}
-    return value if isinstance(value, dict) else {"arguments": value}

@@ -83,7 +83,7 @@ Texts = Annotated[
 class ToolResultBlock(Strict):
     type: Literal["tool_result"]
     tool_use_id: CallId
-    content: Texts = []
+    content: Texts = Field(default_factory=list)
     is_error: bool = False
     cache_control: CacheControl | None = None
 

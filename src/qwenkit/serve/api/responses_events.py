@@ -11,9 +11,11 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwenkit.serve.api.reply import Usage
 from qwenkit.serve.api.responses_protocol import ResponsesRequest
 
 if TYPE_CHECKING:
+    from qwenkit.engine.sampling import SamplingParams
     from qwenkit.text.answer import AnswerEvent
 
 Event = dict[str, Any]
@@ -25,17 +27,16 @@ def _id(prefix: str) -> str:
 
 
 class ResponseWriter:
-    """One response. `start`, then `push` for each piece, then `finish` or `fail`; each gives the events that became due.
+    """One response; `params` are those that the engine runs with.
 
-    White space alone is no message, unless the answer is nothing else: models put line breaks between tool calls.
+    `start`, then `push` for each piece, then `finish` or `fail`; each gives the events that became due.
     """
 
-    def __init__(self, request: ResponsesRequest, model: str) -> None:
+    def __init__(self, request: ResponsesRequest, model: str, params: SamplingParams) -> None:
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None  # the item being written
-        self._held = ""  # white space that may or may not become text
         self._number = 0
-        self._response = {**_described(request), "id": _id("resp"), "model": model}
+        self._response = {**_described(request, params), "id": _id("resp"), "model": model}
 
     def start(self) -> list[Event]:
         out: list[Event] = []
@@ -47,11 +48,10 @@ class ResponseWriter:
         out: list[Event] = []
         for event in events:
             if event.kind == "tool_call":
-                self._held = ""
                 call = {"type": "function_call", "id": _id("fc"), "call_id": _id("call"), "name": event.text}
                 self._begin(out, {**call, "arguments": "", "status": "in_progress"})
             elif event.kind == "arguments":
-                assert self._open is not None and self._open["type"] == "function_call"
+                assert self._open is not None
                 self._open["arguments"] += event.text
                 self._tell(out, "response.function_call_arguments.delta", **self._place(), delta=event.text)
             elif event.kind == "reasoning":
@@ -60,27 +60,22 @@ class ResponseWriter:
                 self._text(out, "message", event.text)
         return out
 
-    def finish(
-        self, finish_reason: str, num_prompt: int, num_cached: int, num_output: int, num_reasoning: int = 0
-    ) -> list[Event]:
+    def finish(self, finish_reason: str, usage: Usage) -> list[Event]:
         """The end: why the engine stopped, and the numbers of tokens."""
         out: list[Event] = []
         cut = finish_reason == "length"
         status = "incomplete" if cut else "completed"
-        if self._held and not self._output:
-            held, self._held = self._held, ""
-            self._begin(out, _message())
-            self._append(out, "message", held)
         self._end(out, status)
+        counted = usage.as_json()
         self._response["status"] = status
         self._response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
         self._response["completed_at"] = None if cut else int(time.time())
         self._response["usage"] = {
-            "input_tokens": num_prompt,
-            "input_tokens_details": {"cached_tokens": num_cached, "cache_write_tokens": 0},
-            "output_tokens": num_output,
-            "output_tokens_details": {"reasoning_tokens": num_reasoning},
-            "total_tokens": num_prompt + num_output,
+            "input_tokens": counted["prompt_tokens"],
+            "input_tokens_details": counted["prompt_tokens_details"] | {"cache_write_tokens": 0},
+            "output_tokens": counted["completion_tokens"],
+            "output_tokens_details": counted["completion_tokens_details"],
+            "total_tokens": counted["total_tokens"],
         }
         self._tell(out, f"response.{status}", response=self.response())
         return out
@@ -101,20 +96,11 @@ class ResponseWriter:
 
     def _text(self, out: list[Event], kind: str, text: str) -> None:
         if self._open is None or self._open["type"] != kind:
-            text = self._held + text if kind == "message" else text
-            self._held = ""
-            if not text.strip():
-                self._held = text if kind == "message" else ""
-                return
             self._begin(out, _message() if kind == "message" else _reasoning())
-        self._append(out, kind, text)
-
-    def _append(self, out: list[Event], kind: str, text: str) -> None:
         assert self._open is not None
-        if text:
-            self._open["content"][0]["text"] += text
-            extra = {"logprobs": []} if kind == "message" else {}
-            self._tell(out, f"response.{_PART[kind]}.delta", **self._place(), content_index=0, delta=text, **extra)
+        self._open["content"][0]["text"] += text
+        extra = {"logprobs": []} if kind == "message" else {}
+        self._tell(out, f"response.{_PART[kind]}.delta", **self._place(), content_index=0, delta=text, **extra)
 
     def _begin(self, out: list[Event], item: dict[str, Any]) -> None:
         self._end(out, "completed")
@@ -169,8 +155,8 @@ def _copy(item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "content": [dict(part) for part in item["content"]]} if "content" in item else dict(item)
 
 
-def _described(request: ResponsesRequest) -> dict[str, Any]:
-    """What a response repeats of its request, with what was not given at its default; null: the model's own setting."""
+def _described(request: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
+    """What a response repeats of its request, with what was not given as it was decided for it."""
     choice = request.tool_choice
     text: dict[str, Any] = {"format": {"type": "text"}}
     if request.text is not None:
@@ -182,12 +168,14 @@ def _described(request: ResponsesRequest) -> dict[str, Any]:
         "status": "in_progress",
         "background": False,
         "error": None,
+        "frequency_penalty": params.frequency_penalty,
         "incomplete_details": None,
         "instructions": request.instructions,
         "max_output_tokens": request.max_output_tokens,
         "max_tool_calls": request.max_tool_calls,
         "metadata": request.metadata or {},
         "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "presence_penalty": params.presence_penalty,
         "previous_response_id": None,
         "prompt_cache_key": request.prompt_cache_key,
         "reasoning": {
@@ -197,12 +185,12 @@ def _described(request: ResponsesRequest) -> dict[str, Any]:
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",
         "store": False,
-        "temperature": request.temperature,
+        "temperature": params.temperature,
         "text": text,
         "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
         "tools": [_echo(tool.model_dump()) for tool in request.tools or ()],
         "top_logprobs": 0,
-        "top_p": request.top_p,
+        "top_p": params.top_p,
         "truncation": "disabled",
         "usage": None,
         "user": request.user,

@@ -102,7 +102,7 @@ class ReasoningText(Strict):
 class ReasoningItem(Strict):
     type: Literal["reasoning"]
     id: Label | None = None
-    summary: Annotated[list[SummaryText], Field(max_length=MAX_LIST)] = []
+    summary: Annotated[list[SummaryText], Field(max_length=MAX_LIST)] = Field(default_factory=list)
     content: Annotated[list[ReasoningText], Field(max_length=MAX_LIST)] | None = None
     encrypted_content: Text | None = None
     status: Status | None = None
@@ -254,9 +254,9 @@ class ResponsesRequest(Strict):
 
 
 _SAME = (
-    "model parallel_tool_calls temperature top_p stream top_k min_p repetition_penalty presence_penalty "
-    "frequency_penalty seed stop user chat_template_kwargs"
-).split()
+    *("model", "stream", "user", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "parallel_tool_calls", "chat_template_kwargs"),
+)
 
 
 def chat_fields(request: ResponsesRequest) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""What the routes of other shapes than chat's share: the way into a chat request and out of it, the events on the wire.
+
+In: fields that messages_protocol and responses_protocol translated, events as objects. Out: a ChatRequest or the ApiError that
+says in the caller's words why not, the steps of its answer, bytes of named server-sent events.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import ValidationError
+
+from qwenkit.engine.request import Delta
+from qwenkit.serve.api.prepare import Prepared, events
+from qwenkit.serve.api.protocol import ChatRequest
+from qwenkit.serve.api.reply import Usage
+from qwenkit.serve.errors import ApiError, refusal
+from qwenkit.serve.server import Server
+from qwenkit.text.answer import AnswerEvent
+
+R = TypeVar("R")
+
+
+def chat_request(chat_fields: Callable[[R], dict[str, Any]], body: R) -> ChatRequest:
+    """The chat request that `body` stands for. Raises ApiError 400 for one that contradicts itself."""
+    try:
+        return ChatRequest.model_validate(chat_fields(body))
+    except ValidationError as error:
+        raise refusal(error.errors()) from None
+    except ValueError as error:
+        raise ApiError(400, str(error), code="invalid_value") from None
+
+
+@contextmanager
+def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors that name a field of the chat request name the one that the caller wrote: `names` has chat's names as keys."""
+    try:
+        yield
+    except ApiError as error:
+        field, dot, rest = (error.param or "").partition(".")
+        name, bracket, index = field.partition("[")
+        if name in names:
+            error.param = names[name] + bracket + index + dot + rest
+            error.message = error.message.replace(name, names[name], 1)
+        raise
+
+
+async def answer(
+    server: Server, prepared: Prepared, http: Any
+) -> AsyncGenerator[tuple[list[AnswerEvent], Delta, Usage], None]:
+    """`events` of a request with one answer, counted. A model whose answers have no format gives plain text."""
+    think_end_id = None if server.answer_format is None else server.answer_format.think_end_id
+    usage = Usage(len(prepared.prompt_ids), think_end_id)
+    async with aclosing(events(server, prepared, http)) as pieces:  # type: ignore[type-var]
+        async for index, found, delta in pieces:
+            if prepared.parser is None and delta.text:
+                found = [AnswerEvent("content", delta.text)]
+            usage.count(index, found, delta)
+            yield found, delta, usage
+
+
+def named_event(event: Mapping[str, Any]) -> bytes:
+    """An event on the wire, under the name that its type is."""
+    return b"event: " + event["type"].encode() + b"\ndata: " + as_json(event) + b"\n\n"
+
+
+def as_json(value: Any) -> bytes:
+    """`value` as JSON, also with what orjson has no words for: whole numbers of more than 64 bits, half a surrogate pair."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        plain = json.loads(json.dumps(value), parse_constant=lambda name: None)  # NaN is null, as it is to orjson
+        return json.dumps(plain).encode()
+
+
+async def with_first(first: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """A stream whose first chunk was taken from it to see whether the request is accepted at all."""
+    async with aclosing(rest):  # type: ignore[type-var]
+        yield first
+        async for chunk in rest:
+            yield chunk
