@@ -57,6 +57,8 @@ class JinjaChat:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, *, variables: Mapping[str, Any] | None = None) -> None:
+        self.source = template
+        """The template as the model brought it."""
         self._tokenizer = tokenizer
         self._template = ChatTemplate(template)
         self._variables = dict(variables or {})

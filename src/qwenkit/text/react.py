@@ -1,0 +1,113 @@
+"""Tools as Qwen-1 knows them: ReAct, lines that begin with Thought:, Action:, Action Input:, Observation:, Final Answer:.
+
+In: tool definitions and calls in the OpenAI shape. Out: the instruction and the lines the model was trained on (those of
+the original openai_api.py), the grammar that forces a call, and a reader of the text that follows "Action:". One answer
+calls one tool, because the model waits for the observation; its input must be a JSON object to count as a call.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwenkit.text.answer_tags import Tag
+from qwenkit.text.tool_calls import ToolCall, checked_arguments, function_of
+
+THOUGHT, ACTION, ACTION_INPUT = "Thought:", "Action:", "Action Input:"
+OBSERVATION, FINAL_ANSWER = "Observation:", "Final Answer:"
+
+_INSTRUCTION = """Answer the following questions as best you can. You have access to the following APIs:
+
+{descriptions}
+
+Use the following format:
+
+Question: the input question you must answer
+Thought: you should always think about what to do
+Action: the action to take, should be one of [{names}]
+Action Input: the input to the action
+Observation: the result of the action
+... (this Thought/Action/Action Input/Observation can be repeated zero or more times)
+Thought: I now know the final answer
+Final Answer: the final answer to the original input question
+
+Begin!"""
+
+
+def instruction(tools: Sequence[Any]) -> str:
+    """What stands before "Question: ..." in the user's turn. A tool may also carry Qwen-1's plugin fields
+    (name_for_model, name_for_human, description_for_model). Raises ValueError naming a malformed tool.
+    """
+    names, descriptions = [], []
+    for index, tool in enumerate(tools):
+        function = function_of(tool, index)
+        name = function.get("name", "")
+        for_model = str(function.get("name_for_model", name))
+        if "\n" in for_model:
+            raise ValueError(f"tools[{index}] has the name {for_model!r}, allowed is a single line")
+        about = function.get("description_for_model", function.get("description")) or ""
+        parameters = json.dumps(function.get("parameters") or {}, ensure_ascii=False)
+        api = function.get("name_for_human", name or for_model)
+        names.append(for_model)
+        descriptions.append(
+            f"{for_model}: Call this tool to interact with the {api} API. What is the {api} API useful for? "
+            f"{about} Parameters: {parameters}"
+        )
+    return _INSTRUCTION.format(descriptions="\n\n".join(descriptions), names=", ".join(names))
+
+
+def call_lines(thought: str, call: Mapping[str, Any], field: str) -> str:
+    """The assistant's lines that call a tool. Raises ValueError naming `field` if the call is malformed."""
+    function = call.get("function", call)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{field}.function.name is {name!r}, allowed is text that is not empty")
+    arguments = function.get("arguments", "")
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if not thought.startswith(THOUGHT):
+        thought = f"{THOUGHT} {thought}"
+    return f"{thought}\n{ACTION} {name}\n{ACTION_INPUT} {arguments}"
+
+
+def react_grammar(schemas: Mapping[str, str]) -> str:
+    """llguidance's lark text of a thought and a call to one of these functions."""
+    rules = [
+        f'start: THOUGHT "\\n{ACTION} " ({" | ".join(f"call_{index}" for index in range(len(schemas)))})',
+        # One line, of bounded length: a call must come. It begins with "Thought:" unless the prompt already does.
+        "THOUGHT: /[^\\n]{0,1000}/",
+    ]
+    for index, (name, schema) in enumerate(schemas.items()):
+        if "\n" in name:
+            raise ValueError(f"tools: a function is named {name!r}, allowed is a single line")
+        rules.append(f"call_{index}: {json.dumps(f'{name}{chr(10)}{ACTION_INPUT} ')} arguments_{index}")
+        rules.append(f"arguments_{index}: %json {schema}")
+    return "\n".join(rules) + "\n"
+
+
+class ReactCall:
+    """The text after "Action:": a name, then on the next line "Action Input:" and a JSON object."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._named = False
+
+    def add(self, text: str) -> bool:
+        self._pieces.append(text)
+        if self._named:
+            return True
+        name, newline, rest = "".join(self._pieces).partition("\n")
+        rest = rest.lstrip()
+        if not newline or not rest:
+            return True
+        self._named = bool(name.strip()) and rest.startswith(ACTION_INPUT)
+        return self._named
+
+    def holds(self, tag: Tag) -> bool:
+        return tag.text == ACTION_INPUT
+
+    def calls(self) -> list[ToolCall] | None:
+        name, marker, arguments = "".join(self._pieces).partition(f"\n{ACTION_INPUT}")
+        checked = checked_arguments(arguments)
+        if not marker or not name.strip() or checked is None:
+            return None
+        return [ToolCall(name.strip(), checked)]
