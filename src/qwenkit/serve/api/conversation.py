@@ -1,7 +1,7 @@
 """Messages and tools of a request as the chat formats take them.
 
-In: a ChatRequest, in the newer words (tools) or the older (functions). Out: plain messages, and a ToolUse that says which tools the
-model sees and whether it must call one. Pictures, sound and files are refused by name.
+In: a ChatRequest, in the newer words (tools) or the older (functions). Out: plain messages, and a ToolUse that says which tools
+the model sees and whether it must call one. Pictures, sound and files are refused by name.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def tool_use(request: ChatRequest) -> ToolUse:
         named = choice.name
     if named is not None:
         _known([named], names, field)
-    plain = tuple(_tool(tool) for tool in tools)
+    plain = tuple(plain_tool(tool) for tool in tools)
     return ToolUse(plain, named or str(choice or "auto"), named is not None, parallel, legacy)
 
 
@@ -139,7 +139,7 @@ def _known(wanted: Sequence[str], names: Sequence[str], field: str) -> None:
             raise _wrong(f"{field} names {name!r}, but the tools are {', '.join(names)}", field)
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
+def plain_tool(tool: Tool) -> dict[str, Any]:
     """Only what the request says: templates print the whole object, and models were trained on it without nulls."""
     return {"type": "function", "function": tool.function.model_dump(exclude_none=True, exclude={"strict"})}
 

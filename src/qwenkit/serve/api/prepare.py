@@ -1,8 +1,8 @@
 """From a request to tokens and SamplingParams, and from the engine's Deltas to what they mean.
 
-In: a ChatRequest (of whichever route), or the parts of a completion. Out: `Prepared`, checked against the limits of the server and
-the model; `events` then runs it. A refusal is an ApiError that names the field. When the client goes away, `events` closes the
-driver's stream, which takes the request out of the engine within one step, be it queued, computed or streamed.
+In: a ChatRequest (of whichever route), or the parts of a completion. Out: `Prepared`, checked against the limits of the server
+and the model; `events` then runs it. A refusal is an ApiError that names the field. When the client goes away, `events` closes
+the driver's stream, which takes the request out of the engine within one step, be it queued, computed or streamed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -20,7 +21,7 @@ from qwenkit.engine.request import Delta
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.serve.api.conversation import ToolUse, plain_messages, tool_use
 from qwenkit.serve.api.protocol import ChatRequest, GenerationRequest, TemplateArguments
-from qwenkit.serve.api.structured import grammar_of
+from qwenkit.serve.api.structured import among, checked, grammar_of
 from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError, context_too_long
 from qwenkit.serve.server import Server
@@ -31,7 +32,7 @@ LONG_BODY = 16_384  # bytes of a request from which on rendering and tokenizing 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One prompt, ready to run. `parser` makes a new AnswerParser for each of the `params.n` answers; None leaves text as it is."""
+    """One prompt, ready to run. `parser` makes an AnswerParser for each of the `params.n` answers; None leaves text as it is."""
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -102,14 +103,7 @@ def prepare_chat(server: Server, request: ChatRequest, *, clip: bool = False) ->
     wanted = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     max_tokens = answer_room(server, prompt_ids, wanted, "messages", clip=clip)
     answers = server.answer_format
-    asked = grammar_of(request)
-    grammar, where = asked if asked is not None else (None, "")
-    if tools.forced:
-        if answers is None:
-            raise ApiError(400, "tool_choice: this model has no format for tool calls", param="tool_choice")
-        where = "function_call" if tools.legacy else "tool_choice"
-        grammar = _grammar(where, answers.tool_grammar, tools.tools, choice=tools.choice, parallel=tools.parallel)
-    after = answers.think_end_id if grammar is not None and answers is not None else None
+    grammar, after, where = constraint(server, request, tools, prompt_ids)
     params = sampling(
         server,
         request,
@@ -121,21 +115,45 @@ def prepare_chat(server: Server, request: ChatRequest, *, clip: bool = False) ->
         params = replace(params, grammar=grammar, grammar_after=after)
     parser = None
     if answers is not None:
-        make = answers.parser
-
-        def parser() -> AnswerParser:
-            return make(prompt_ids, tools=bool(tools.tools))
-
+        parser = partial(answers.parser, prompt_ids, tools=bool(tools.tools), skip_special=params.skip_special_tokens)
     return Prepared(
         prompt_ids, params, parser, adapter, adapter or server.model_name, tools, namespace_of(request), where
     )
 
 
-def _grammar(where: str, make: Callable[..., str], *args: Any, **kwargs: Any) -> Grammar:
-    try:
-        return Grammar("lark", make(*args, **kwargs))
-    except ValueError as error:
-        raise ApiError(400, f"{where}: {error}", param=where) from None
+def constraint(
+    server: Server, request: ChatRequest, tools: ToolUse, prompt_ids: Sequence[int]
+) -> tuple[Grammar | None, int | None, str]:
+    """(grammar, the token that arms it or None, the field that asks for it) of a chat's answer.
+
+    Where the prompt leaves thinking open the grammar is armed by its end; where it leaves thinking to the model, the grammar
+    lets the answer begin with a thought. Raises ApiError.
+    """
+    answers = server.answer_format
+    asked = grammar_of(request)
+    if asked is None and not tools.forced:
+        return None, None, ""
+    grammar, field = asked if asked is not None else (None, "")
+    if answers is None:
+        if tools.forced:
+            raise ApiError(400, "tool_choice: this model has no format for tool calls", param="tool_choice")
+        return grammar, None, field
+    thinking = answers.prompt_thinking(prompt_ids) if answers.thinks else "closed"
+    after = answers.think_end_id if thinking == "open" else None
+    may_think = thinking == "none"
+    calls = partial(answers.tool_grammar, tools.tools, choice=tools.choice if tools.forced else "required")
+    if tools.forced:
+        field = "function_call" if tools.legacy else "tool_choice"
+        forced = partial(calls, parallel=tools.parallel, may_think=may_think)
+        return checked(field, lambda: Grammar("lark", forced())), after, field
+    assert grammar is not None
+    if tools.tools and answers.tool_style != "hermes":
+        raise ApiError(400, f"{field} and tools cannot be combined with this model", param=field)
+    if tools.tools or may_think:
+        inner = grammar
+        either = partial(calls, parallel=tools.parallel) if tools.tools else str
+        grammar = checked(field, lambda: among(inner, server.tokenizer, may_think=may_think, calls=either()))
+    return grammar, after, field
 
 
 def template_variables(request: ChatRequest) -> dict[str, Any]:
@@ -289,6 +307,10 @@ async def events(
         async with aclosing(stream):  # type: ignore[type-var]
             while unfinished:
                 delta = await client.next(stream)
+                if delta.error is not None:
+                    raise ApiError(
+                        500, f"the answer could not be computed: {delta.error}", "server_error", code="engine_error"
+                    )
                 index = delta.index
                 if index not in unfinished:
                     continue

@@ -1,7 +1,7 @@
 """Server-sent events: an async generator of bytes as a response.
 
-In: complete events (`data: ...` and an empty line). Out: the response, in the task of the request. What goes wrong after the first
-byte becomes an error event, in the shape that `error_event` gives it, and the end.
+In: complete events (`data: ...` and an empty line). Out: the response, in the task of the request. What goes wrong after the
+first byte becomes an error event, in the shape that `error_event` gives it, and the end.
 """
 
 from __future__ import annotations
@@ -54,6 +54,6 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": self._error_event(error), "more_body": True})
             except Exception:
                 log.exception("a stream failed")
-                error = internal_error(caller.get().request_id)
-                await send({"type": "http.response.body", "body": self._error_event(error), "more_body": True})
+                told = self._error_event(internal_error(caller.get().request_id))
+                await send({"type": "http.response.body", "body": told, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

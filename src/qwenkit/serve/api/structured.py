@@ -1,17 +1,22 @@
 """What shape an answer must have: the many fields in which clients say it, as one Grammar.
 
-In: response_format, vLLM's guided_* and structured_outputs. Out: a Grammar or None; and, where the model may call tools as well, one
-grammar that allows either. Compiling and limits are the engine's (engine/grammar_compiler.py).
+In: response_format, vLLM's guided_* and structured_outputs. Out: a Grammar or None; and around it one that lets the model think
+first or call a tool instead. Compiling and limits are the engine's (engine/grammar_compiler.py).
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
+from qwenkit.engine.grammar import _WHITESPACE as WHITESPACE
 from qwenkit.engine.grammar import Grammar
 from qwenkit.serve.api.protocol import GenerationRequest
 from qwenkit.serve.errors import ApiError
+from qwenkit.text.answer import THINK, THINK_END
+from qwenkit.text.tokenizer import Tokenizer
 
 
 def grammar_of(request: GenerationRequest) -> tuple[Grammar, str] | None:
@@ -59,24 +64,65 @@ def _grammar(kind: str, value: Any, field: str) -> Grammar:
     if kind == "json":
         return _schema(value, field)
     if kind == "regex":
-        return Grammar("regex", value)
+        return checked(field, Grammar, "regex", value)
     if kind == "choice":
-        return Grammar("choice", json.dumps(value, ensure_ascii=False))
+        return checked(field, Grammar, "choice", json.dumps(value, ensure_ascii=False))
     if kind == "grammar":
-        return Grammar("lark", value)
-    return Grammar("json_object", "")
+        return checked(field, Grammar, "lark", value)
+    return Grammar("json_object")
 
 
 def _schema(schema: Any, field: str) -> Grammar:
     """A schema as a JSON value or as text."""
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError):
-            schema = None
-        if not isinstance(schema, dict | bool):
-            raise ApiError(400, f"{field} is text that is not a JSON schema", param=field)
     try:
-        return Grammar("json_schema", json.dumps(schema, ensure_ascii=False))
+        text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
     except RecursionError:
-        raise ApiError(400, f"{field} is nested too deeply", param=field) from None
+        raise ApiError(400, f"{field} is nested too deeply", param=field, code="invalid_grammar") from None
+    return checked(field, Grammar, "json_schema", text)
+
+
+def checked(field: str, make: Callable[..., Grammar], *args: Any) -> Grammar:
+    """What `make` gives; its ValueError as ApiError."""
+    try:
+        return make(*args)
+    except ValueError as error:
+        raise ApiError(400, f"{field}: {error}", param=field, code="invalid_grammar") from None
+
+
+def among(grammar: Grammar, tokenizer: Tokenizer, *, may_think: bool, calls: str = "") -> Grammar:
+    """`grammar` after reasoning that the model may begin with, or instead of it the tool calls that the lark text `calls` describes.
+
+    Both are grammars of the whole answer, so that the engine needs no word about either.
+    """
+    rules = [f"start: {'thought? ' if may_think else ''}({'calls | ' if calls else ''}answer)"]
+    if may_think:
+        rules += [
+            f"thought: {_tag(tokenizer, THINK)} THOUGHT {_tag(tokenizer, THINK_END)} /\\n*/",
+            r"THOUGHT: /(.|\n)*/",
+        ]
+    if calls:
+        rules.append(re.sub(r"^start:", "calls:", calls.strip(), count=1, flags=re.MULTILINE))
+    rules.append(f"answer: {_inline(grammar)}")
+    return Grammar("lark", "\n".join(rules) + "\n")
+
+
+def _tag(tokenizer: Tokenizer, tag: str) -> str:
+    token = tokenizer.token_id(tag)
+    return f'"{tag}"' if token is None else f"<[{token}]>"
+
+
+def _inline(grammar: Grammar) -> str:
+    """A grammar as the right side of a rule in llguidance's lark."""
+    source = grammar.source
+    if grammar.kind == "lark":
+        return f"%lark {{\n{source}\n}}"
+    if grammar.kind == "regex":
+        pattern = re.sub(r"\\.|/", lambda match: "\\/" if match[0] == "/" else match[0], source, flags=re.DOTALL)
+        return "/" + pattern.replace("\n", "\\n") + "/"
+    if grammar.kind == "choice":
+        return "(" + " | ".join(json.dumps(choice) for choice in json.loads(source)) + ")"
+    schema = {"type": "object"} if grammar.kind == "json_object" else json.loads(source)
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    # as strict as the engine is with a schema that stands alone
+    return "%json " + json.dumps(schema | {"x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": False}})
