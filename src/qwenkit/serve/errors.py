@@ -16,6 +16,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from qwenkit.serve.caller import caller
+
 log = logging.getLogger("qwenkit.serve")
 
 _TYPES = {
@@ -29,6 +31,11 @@ _TYPES = {
     529: "overloaded_error",
 }
 _ANTHROPIC_PATH = "/v1/messages"
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path belongs to Anthropic's API."""
+    return path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/")
 
 
 class ApiError(Exception):
@@ -53,9 +60,10 @@ class ApiError(Exception):
 
     def body(self, path: str = "") -> dict[str, Any]:
         """The JSON body; `path` is the request's, which decides between OpenAI's shape and Anthropic's."""
-        if path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/"):
+        if is_anthropic(path):
             kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            told = {"type": kind, "message": self.message}
+            return {"type": "error", "error": told, "request_id": caller.get().request_id or None}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self, path: str = "") -> JSONResponse:
@@ -120,7 +128,9 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     first = errors[0]
     param = _path(first["loc"]) or None
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="bad_json")
+        return ApiError(
+            400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="bad_json"
+        )
     message = str(first["msg"])
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if first["type"] == "missing":

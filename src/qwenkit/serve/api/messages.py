@@ -18,7 +18,6 @@ from qwenkit.serve.api.messages_protocol import CountTokensRequest, MessagesRequ
 from qwenkit.serve.api.prepare import Prepared, off_loop, prepare, render, template_variables
 from qwenkit.serve.api.protocol import ChatRequest
 from qwenkit.serve.api.stream import EventStream
-from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError
 from qwenkit.serve.server import Server, the_server
 
@@ -38,7 +37,7 @@ async def create_message(
     writer = MessageWriter(prepared.model, body.stop_sequences or ())
     chunks = _events(server, prepared, http, writer)
     if body.stream:
-        return _identified(EventStream(with_first(await anext(chunks), chunks), _error_event))
+        return EventStream(with_first(await anext(chunks), chunks), _error_event)
     async for _ in chunks:
         pass
     return _json(writer.message())
@@ -88,10 +87,4 @@ def _error_event(error: ApiError) -> bytes:
 
 
 def _json(value: dict[str, Any]) -> Response:
-    return _identified(Response(as_json(value), media_type="application/json"))
-
-
-def _identified(response: Response) -> Response:
-    """With the header in which Anthropic's clients look for the request's id."""
-    response.headers["request-id"] = caller.get().request_id
-    return response
+    return Response(as_json(value), media_type="application/json")
