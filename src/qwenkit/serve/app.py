@@ -7,14 +7,22 @@ which a request meets them.
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import json
+import os
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
-from qwenkit.serve.errors import install_handlers
+from qwenkit.serve.access import BodyLimit, Envelope, Gate
+from qwenkit.serve.errors import ApiError, install_handlers
+from qwenkit.serve.keys import Keys
 from qwenkit.serve.server import Server
+from qwenkit.serve.tracing import OtlpTracing, Tracing
 
 ROUTERS = (
+    "operation",
     "api.chat",
     "api.completions",
     "api.tokens",
@@ -26,15 +34,51 @@ ROUTERS = (
 )
 
 
-def create_app(server: Server) -> FastAPI:
-    """All routes of the API around `server`, whose driver the caller starts and stops."""
-    app = FastAPI(title="qwenkit", docs_url=None, redoc_url=None, redirect_slashes=False)
+def create_app(server: Server, *, keys: Keys | None = None, tracing: Tracing | None = None) -> FastAPI:
+    """All routes of the API around `server`, whose driver the caller starts and stops.
+
+    `keys` are those of the flags, the key file and the environment unless given. Raises ValueError for keys that cannot be used.
+    """
+    config, metrics = server.config, server.metrics
+    if tracing is None:
+        tracing = Tracing() if config.otlp_endpoint is None else OtlpTracing(config.otlp_endpoint)
+    doors = [Middleware(Envelope, metrics, tracing)]
+    if config.cors_origin:
+        doors.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.cors_origin,
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=("*",),
+                expose_headers=("x-request-id", "retry-after"),
+            )
+        )
+    doors.append(Middleware(Gate, config, keys or Keys.of(config, os.environ), server.driver.limits, metrics))
+    doors.append(Middleware(BodyLimit, config))
+    app = FastAPI(
+        title="qwenkit",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=doors,
+        dependencies=[Depends(refuse_odd_numbers)],
+    )
     app.state.server = server
+    app.state.tracing = tracing
     install_handlers(app)
     for name in ROUTERS:
-        module = f"qwenkit.serve.{name}"
-        parent = module.rpartition(".")[0]
-        if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:
-            continue
-        app.include_router(importlib.import_module(module).router)
+        app.include_router(importlib.import_module(f"qwenkit.serve.{name}").router)
     return app
+
+
+async def refuse_odd_numbers(request: Request) -> None:
+    """400 for the words NaN and Infinity as numbers, which Python reads in JSON though JSON has none."""
+    if request.method != "POST" or "json" not in request.headers.get("content-type", ""):
+        return
+    body = await request.body()
+    if b"NaN" in body or b"Infinity" in body:
+        json.loads(body, parse_constant=_refuse)
+
+
+def _refuse(word: str) -> Any:
+    raise ApiError(400, f"the body is not JSON: {word} is not a number in JSON", code="bad_json")

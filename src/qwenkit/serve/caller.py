@@ -15,14 +15,19 @@ SCOPE_KEY = "qwenkit.caller"
 
 @dataclass(frozen=True)
 class Caller:
-    """`name` is the key's name in logs and metrics, "" without keys; `namespace` separates prefix cache, files and batches."""
+    """`name` is the key's name in logs and metrics, "" without keys; `namespace` separates prefix cache, files and batches.
+
+    Limits of tokens a minute hold for a caller that `is_limited`.
+    """
 
     name: str = ""
     namespace: str = ""
     is_admin: bool = False
     priority: int = 0
     request_id: str = ""
+    is_limited: bool = False
 
 
-caller: ContextVar[Caller] = ContextVar("caller", default=Caller())
+_NOBODY = Caller()
+caller: ContextVar[Caller] = ContextVar("caller", default=_NOBODY)
 """The one whose request the running task answers."""

@@ -22,12 +22,16 @@ from qwenkit.engine.request import Delta
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.serve.caller import Caller, caller
 from qwenkit.serve.errors import ApiError, internal_error
+from qwenkit.serve.limits import MinuteLimits
+from qwenkit.serve.logs import log_answer
 from qwenkit.serve.metrics import Metrics
+from qwenkit.serve.tracing import current
 
 log = logging.getLogger("qwenkit.serve")
 
 IDLE_BEAT = 0.5  # seconds between heartbeats of an idle engine
-FAILURES = 3  # steps in a row that raise before the engine counts as broken
+RAISED_STEPS = 3  # steps in a row that raise as a whole before the engine counts as broken
+FAILED_REQUESTS = 10  # the same for requests in a row that fail one by one
 RETRY_AFTER = "2"
 
 
@@ -50,6 +54,9 @@ class _Ticket:
     num_tokens: int = 0
     open_answers: int = 0
     engine_id: int | None = None
+    reason: str = "abort"
+    num_cached: int = 0
+    texts: list[str] | None = None  # kept only where contents go to the log
 
 
 class Driver:
@@ -68,12 +75,16 @@ class Driver:
         max_queued_tokens: int = 1_000_000,
         stall_timeout: float = 60.0,
         metrics: Metrics | None = None,
+        limits: MinuteLimits | None = None,
+        log_contents: bool = False,
     ) -> None:
         self.engine = engine
         self.max_queued = max_queued
         self.max_queued_tokens = max_queued_tokens
         self.stall_timeout = stall_timeout
         self.metrics = metrics or Metrics()
+        self.limits = limits or MinuteLimits()
+        self.log_contents = log_contents
         self.draining = False
         self._inbox: deque[tuple[str, Any]] = deque()
         self._bell = threading.Condition()
@@ -81,11 +92,13 @@ class Driver:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._beat = time.monotonic()
-        self._failures = 0
+        self._raised = 0
+        self._failed = 0
         self._open: set[_Ticket] = set()
         self._by_engine_id: dict[int, _Ticket] = {}  # the thread's
         self._num_queued = 0
         self._queued_tokens = 0
+        self._watch()
 
     def start(self) -> None:
         """Start the engine's thread. Called once."""
@@ -121,8 +134,12 @@ class Driver:
     @property
     def healthy(self) -> bool:
         """Whether the engine's thread lives, comes by, and can compute."""
+        return self._responds and self._raised < RAISED_STEPS and self._failed < FAILED_REQUESTS
+
+    @property
+    def _responds(self) -> bool:
         alive = self._thread is not None and self._thread.is_alive()
-        return alive and self.heartbeat_age <= self.stall_timeout and self._failures < FAILURES
+        return alive and self.heartbeat_age <= self.stall_timeout
 
     @property
     def num_waiting(self) -> int:
@@ -184,7 +201,7 @@ class Driver:
     def _admit(self, ticket: _Ticket) -> _Ticket:
         if self.draining:
             raise self._refused("draining", 503, "the server is shutting down", "shutting_down")
-        if not self.healthy:
+        if not self._responds:
             raise self._refused("unhealthy", 503, "the engine does not respond", "engine_unhealthy")
         self.engine.check_prompt(ticket.prompt)
         if self._num_queued >= self.max_queued:
@@ -194,7 +211,14 @@ class Driver:
             raise self._refused(
                 "queue_tokens", 429, f"{self._queued_tokens} prompt tokens are waiting already", "queue_full"
             )
+        try:
+            self.limits.take_tokens(ticket.caller, length)
+        except ApiError:
+            self.metrics.rejected("rate_limit")
+            raise
         self._loop = asyncio.get_running_loop()
+        if self.log_contents:
+            ticket.texts = []
         ticket.open_answers = ticket.params.n
         self._num_queued += 1
         self._queued_tokens += length
@@ -224,8 +248,30 @@ class Driver:
         if ticket in self._open:
             self._open.discard(ticket)
             if ticket.open_answers:
-                self.metrics.finished("abort")
+                ticket.reason = "abort" if ticket.error is None else "error"
+                self.metrics.finished(ticket.reason)
+                self.metrics.generation_tokens.inc(ticket.num_tokens)
                 self._send("abort", ticket)
+            self.limits.spend_tokens(ticket.caller, ticket.num_tokens)
+            self._record(ticket)
+
+    def _record(self, ticket: _Ticket) -> None:
+        now = time.monotonic()
+        fields: dict[str, Any] = {
+            "request_id": ticket.request_id,
+            "key": ticket.caller.name,
+            "prompt_tokens": len(ticket.prompt),
+            "cached_tokens": ticket.num_cached,
+            "completion_tokens": ticket.num_tokens,
+            "finish_reason": ticket.reason,
+            "ttft_ms": round((ticket.first - ticket.arrived) * 1000, 1) if ticket.first else None,
+            "ms": round((now - ticket.arrived) * 1000, 1),
+        }
+        current.get().answered(fields)
+        if ticket.texts is not None:
+            prompt = self.engine.tokenizer.decode(ticket.prompt, skip_special=False)
+            fields |= {"prompt": prompt, "answer": "".join(ticket.texts)}
+        log_answer(fields)
 
     def _fail(self, ticket: _Ticket, error: Exception) -> None:
         ticket.error = error
@@ -240,6 +286,10 @@ class Driver:
         """All Deltas of one step, on the event loop."""
         gaps = self.metrics.inter_token_latency
         for ticket, delta in batch:
+            if delta.error is not None:
+                where = f" (request id {ticket.request_id})" if ticket.request_id else ""
+                self._fail(ticket, ApiError(500, delta.error + where, "server_error", code="engine_error"))
+                continue
             if ticket.queued:
                 self._dequeue(ticket)
                 self._began(ticket, delta, now)
@@ -248,8 +298,11 @@ class Driver:
             ticket.last = now
             ticket.num_tokens += len(delta.token_ids)
             ticket.pending.append(delta)
+            if ticket.texts is not None:
+                ticket.texts.append(delta.text)
             if delta.finish_reason is not None:
                 ticket.open_answers -= 1
+                ticket.reason = delta.finish_reason
                 self.metrics.finished(delta.finish_reason)
                 if not ticket.open_answers:
                     self._ended(ticket, now)
@@ -259,7 +312,11 @@ class Driver:
     def _began(self, ticket: _Ticket, delta: Delta, now: float) -> None:
         metrics = self.metrics
         ticket.first = now
+        ticket.num_cached = delta.num_cached_tokens
         metrics.time_to_first_token.observe(now - ticket.arrived)
+        if delta.admitted_at:
+            metrics.queue_time.observe(max(delta.admitted_at - ticket.arrived, 0))
+            metrics.prefill_time.observe(now - delta.admitted_at)
         metrics.prompt_tokens.inc(len(ticket.prompt))
         metrics.request_prompt_tokens.observe(len(ticket.prompt))
         metrics.prefix_cache_queries.inc(len(ticket.prompt))
@@ -293,12 +350,14 @@ class Driver:
                 continue
             try:
                 deltas = engine.step()
-                self._failures = 0
+                self._raised = 0
             except Exception:
                 log.exception("a step of the engine failed")
-                self._failures += 1
+                self._raised += 1
                 self._drop_all()
                 continue
+            for delta in deltas:
+                self._failed = 0 if delta.error is None else self._failed + 1
             batch = [
                 (ticket, delta) for delta in deltas if (ticket := self._by_engine_id.get(delta.request_id)) is not None
             ]
@@ -319,6 +378,7 @@ class Driver:
             if what.engine_id is not None:
                 self._by_engine_id.pop(what.engine_id, None)
                 self.engine.abort(what.engine_id)
+                self._check_idle()
         else:
             function, loop, future = what
             try:
@@ -330,9 +390,38 @@ class Driver:
     def _drop_all(self) -> None:
         """The engine cannot go on with what it has: every request in it is answered with an error."""
         for engine_id, ticket in list(self._by_engine_id.items()):
-            self.engine.abort(engine_id)
+            try:
+                self.engine.abort(engine_id)
+            except Exception:
+                log.exception("a request could not be taken out of the engine")
             self._to_loop(self._fail, ticket, internal_error(ticket.request_id))
         self._by_engine_id.clear()
+
+    def _check_idle(self) -> None:
+        """An engine without work holds no block: said aloud where it is not so, and the server goes on."""
+        if not self.engine.has_work:
+            try:
+                self.engine.check()
+            except AssertionError:
+                log.exception("the idle engine's books do not balance")
+
+    def _watch(self) -> None:
+        """Numbers that the engine knows, read from other threads: each is one look at one counter."""
+        engine, watch, count = self.engine, self.metrics.watch, self.metrics.watch_count
+        pool, scheduler = engine.pool, engine.scheduler
+        watch("num_requests_running", "Answers being computed.", lambda: len(scheduler.running))
+        watch(
+            "num_requests_waiting", "Answers waiting to be computed.", lambda: len(scheduler.waiting) + len(self._inbox)
+        )
+        watch(
+            "kv_cache_usage_perc",
+            "Share of the cache's blocks in use, 0 to 1.",
+            lambda: 1 - pool.num_free / pool.num_blocks,
+        )
+        watch("engine_heartbeat_age_seconds", "Since the engine's loop last came by.", lambda: self.heartbeat_age)
+        count("num_preemptions", "Answers that lost their place to others.", lambda: scheduler.num_preemptions)
+        count("corrupted_requests", "Answers ended because their logits were not finite.", lambda: engine.num_corrupted)
+        count("failed_requests", "Answers ended because computing them raised.", lambda: engine.num_failed)
 
     def _to_loop(self, function: Callable[..., None], *args: Any) -> None:
         loop = self._loop

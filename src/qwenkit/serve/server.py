@@ -56,7 +56,9 @@ class Server:
         if model in self.adapters:
             return model
         known = ", ".join((*self.model_names, *self.adapters))
-        raise ApiError(404, f"model {model!r} is not served here, known are {known}", param="model", code="model_not_found")
+        raise ApiError(
+            404, f"model {model!r} is not served here, known are {known}", param="model", code="model_not_found"
+        )
 
 
 def the_server(request: Request) -> Server:
