@@ -79,12 +79,8 @@ def test_mask_of_a_prompt_covers_the_history_only(qwen1: Tokenizer) -> None:
         ([{"role": "system", "content": "s"}] * 2, {}, r"messages\[1\]\.role is 'system', but 'user' comes here"),
         ([HISTORY[0], {"role": "tool", "content": "x"}], {}, r"messages\[1\]\.role is 'tool'"),
         ([], {}, "messages is empty"),
-        (HISTORY, {"tools": [{"name": "f"}]}, "ReAct prompt"),
-        (
-            [HISTORY[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}, HISTORY[2]],
-            {},
-            r"messages\[1\]\.tool_calls",
-        ),
+        (HISTORY, {"tools": ["f"]}, r"tools\[0\] is not an object"),
+        (HISTORY, {"tools": [{"description": "no name"}]}, r"tools\[0\] has the name None"),
         ([{"role": "user", "content": "long " * 40}], {}, "the last message takes 45 tokens, more than the 30"),
     ],
 )

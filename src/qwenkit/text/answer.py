@@ -221,11 +221,15 @@ class AnswerFormat:
             kinds |= {THINK: "think", THINK_END: "answer"}
         if self.tool_style == "hermes" and tools:
             kinds |= {tool_calls.CALL: "call", tool_calls.CALL_END: "call_end"}
-        rules: Rules = _REACT if react_text else {
-            state: known
-            for state, transitions in _HERMES.items()
-            if (known := {kind: next for kind, next in transitions.items() if kind in kinds.values()})
-        }
+        rules: Rules = (
+            _REACT
+            if react_text
+            else {
+                state: known
+                for state, transitions in _HERMES.items()
+                if (known := {kind: next for kind, next in transitions.items() if kind in kinds.values()})
+            }
+        )
         reader = TagReader(self.tokenizer, kinds, at_line_start=react_text, skip_special=skip_special)
         if react_text:
             open = self.tokenizer.decode(prompt_ids[-16:]).endswith("\n" + react.THOUGHT)
@@ -278,7 +282,7 @@ class AnswerFormat:
         tags = self._grammar_tag(tool_calls.CALL), self._grammar_tag(tool_calls.CALL_END)
         grammar = tool_calls.hermes_grammar(schemas, parallel=parallel, tags=tags)
         if may_think and self.thinks:
-            thought = f'{self._grammar_tag(THINK)} THOUGHT {self._grammar_tag(THINK_END)} /\\n*/'
+            thought = f"{self._grammar_tag(THINK)} THOUGHT {self._grammar_tag(THINK_END)} /\\n*/"
             grammar = f"{grammar.replace('start: ', 'start: thought? ', 1)}thought: {thought}\nTHOUGHT: /(.|\\n)*/\n"
         return grammar
 

@@ -42,7 +42,9 @@ class TagReader:
             for text, id in ids.items()
             if id is not None
         }
-        self._text_tags = _TextTags({text: kind for text, kind in kinds.items() if ids.get(text) is None}, at_line_start)
+        self._text_tags = _TextTags(
+            {text: kind for text, kind in kinds.items() if ids.get(text) is None}, at_line_start
+        )
         self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special)
         self._generated = 0  # characters that the ids so far stand for
         self._marks: deque[tuple[int, Tag]] = deque()  # tags not given out yet, each with the offset at which it ends

@@ -117,24 +117,25 @@ class JinjaChat:
                     parts.append((self._disguise.take_off(part), generated))
             piece_ids = self._tokenizer.encode("".join(part for part, _ in parts))
             ids += piece_ids
-            mask += self._within(piece_ids, parts)
+            mask += mask_of_parts(self._tokenizer, piece_ids, parts)
         return ids, mask
 
-    def _within(self, ids: list[int], parts: list[tuple[str, bool]]) -> list[bool]:
-        """Which of `ids`, the encoding of all parts together, hold a byte of a part that is marked True."""
-        if len(parts) == 1:
-            return [parts[0][1]] * len(ids)
-        token_bytes = self._tokenizer.token_bytes
-        # One flag a byte. Bytes are counted after encoding, because normalisation may change their number.
-        flags = b"".join(
-            bytes([marked]) * sum(len(token_bytes(id)) for id in self._tokenizer.encode(part)) for part, marked in parts
-        )
-        mask, position = [], 0
-        for id in ids:
-            end = position + len(token_bytes(id))
-            mask.append(1 in flags[position:end])
-            position = end
-        return mask
+
+def mask_of_parts(tokenizer: Tokenizer, ids: Sequence[int], parts: Sequence[tuple[str, bool]]) -> list[bool]:
+    """Which of `ids`, the encoding of all parts together, hold a byte of a part that is marked True."""
+    if len(parts) == 1:
+        return [parts[0][1]] * len(ids)
+    token_bytes = tokenizer.token_bytes
+    # One flag a byte. Bytes are counted after encoding, because normalisation may change their number.
+    flags = b"".join(
+        bytes([marked]) * sum(len(token_bytes(id)) for id in tokenizer.encode(part)) for part, marked in parts
+    )
+    mask, position = [], 0
+    for id in ids:
+        end = position + len(token_bytes(id))
+        mask.append(1 in flags[position:end])
+        position = end
+    return mask
 
 
 def chatml_mask(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:

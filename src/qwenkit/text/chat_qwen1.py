@@ -1,16 +1,20 @@
-"""Qwen-1's ChatML, which came as code (qwen_generation_utils.make_context) and not as a template.
+"""Qwen-1's ChatML, which came as code (qwen_generation_utils.make_context, openai_api.py) and not as a template.
 
-In: messages: at most one system message first, then user and assistant in turn. Out: ids and mask. The pieces of a
-turn are tokenized apart, and the history is a window: whole turns, newest first, as long as they fit.
+In: messages: at most one system message first, then user and assistant in turn; with tools, results after the
+assistant's calls, all written as ReAct text. Out: ids and mask. The pieces of a turn are tokenized apart, and the
+history is a window: whole turns, newest first, as long as they fit.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwenkit.text.chat import Rendered, chatml_mask, checked_messages
+from qwenkit.text import react
+from qwenkit.text.chat import Rendered, checked_messages, mask_of_parts
 from qwenkit.text.tokenizer import Tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
+
+_Marked = list[tuple[int, bool]]  # ids, each with whether the assistant produced it
 
 
 class Qwen1Chat:
@@ -23,7 +27,7 @@ class Qwen1Chat:
         self._tokenizer = tokenizer
         self._max_window_size = max_window_size
         self._start, self._end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|im_end|>"]
-        self._newline = tokenizer.encode("\n")
+        self._newline = self._prompt("\n")
 
     def render(
         self,
@@ -38,47 +42,77 @@ class Qwen1Chat:
         With a generation prompt the last message is the user's query: earlier turns are left out, oldest first, unless
         system, turns and the newer turns together stay below max_window_size; the query is not counted, but one that
         alone is longer raises ValueError. Without one (training) nothing is left out, the assistant may have the last
-        word, and the text ends with a newline.
+        word, and the text ends with a newline. If the last message is a tool's result, query and unfinished answer stay
+        together and the prompt ends in "Thought:". Tools that stood in a turn left out are told with the query.
         """
-        if tools:
-            raise ValueError("tools: Qwen-1 needs the ReAct prompt for them, which is not available yet")
-        turns = checked_messages(messages)
-        system = self._turn("system", turns.pop(0)["content"] if turns[0]["role"] == "system" else DEFAULT_SYSTEM)
-        offset = len(messages) - len(turns)
-        for index, turn in enumerate(turns):
-            expected = ("user", "assistant")[index % 2]
-            if turn["role"] != expected:
-                raise ValueError(
-                    f"messages[{offset + index}].role is {turn['role']!r}, but {expected!r} comes here: Qwen-1 takes "
-                    "one system message first, then user and assistant in turn"
-                )
-            if turn.get("tool_calls"):
-                raise ValueError(f"messages[{offset + index}].tool_calls: Qwen-1 has no format for tool calls")
-        blocks = [[*self._newline, *self._turn(turn["role"], turn["content"])] for turn in turns]
-        if add_generation_prompt:
-            ids = self._windowed(system, blocks)
-            ids += [*self._newline, self._start, *self._tokenizer.encode("assistant"), *self._newline]
+        checked = checked_messages(messages)
+        system = checked.pop(0)["content"] if checked[0]["role"] == "system" else DEFAULT_SYSTEM
+        offset = len(messages) - len(checked)
+        if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in checked):
+            system = system.lstrip("\n").rstrip()
+            # Arguments go into the prompt letter for letter, so the calls are taken as the caller wrote them.
+            written = zip(checked, messages[offset:], strict=True)
+            turns = react.turns(
+                [{**message, "tool_calls": given.get("tool_calls")} for message, given in written], offset, tools or ()
+            )
         else:
-            ids = [*system, *(id for block in blocks for id in block), *self._newline]
-        return Rendered(ids, chatml_mask(self._tokenizer, ids))
-
-    def _turn(self, role: str, content: str) -> list[int]:
-        encode = self._tokenizer.encode
-        return [self._start, *encode(role), *self._newline, *encode(content), self._end]
-
-    def _windowed(self, system: list[int], blocks: list[list[int]]) -> list[int]:
-        if len(blocks) % 2 == 0:
+            turns = _plain_turns(checked, offset)
+        first = self._turn("system", [(system, False)])
+        continuing = add_generation_prompt and bool(checked) and checked[-1]["role"] == "tool"
+        if continuing:
+            turns[-1][1].append((f"\n{react.THOUGHT}", False))
+        blocks = [[*self._newline, *self._turn(role, parts)] for role, parts in turns]
+        if continuing:
+            del blocks[-1][-1]  # the end token: the assistant's turn goes on
+        if not add_generation_prompt:
+            return _rendered(first, *blocks, self._newline)
+        if not continuing and len(blocks) % 2 == 0:
             raise ValueError("messages: the last one must be the user's, for the assistant to answer")
-        query = blocks[-1]
+        history, query = (blocks[:-2], blocks[-2] + blocks[-1]) if continuing else (blocks[:-1], blocks[-1])
+        window = self._window(len(first), history)
+        if tools and history and not window and not continuing:
+            query = [*self._newline, *self._turn(*react.asked(turns[-1], tools))]
         query_length = len(query) - len(self._newline)
         if query_length > self._max_window_size:
             raise ValueError(
                 f"the last message takes {query_length} tokens, more than the {self._max_window_size} of max_window_size"
             )
-        history: list[int] = []
-        for index in range(len(blocks) - 3, -1, -2):
-            pair = blocks[index] + blocks[index + 1]
-            if len(system) + len(pair) + len(history) >= self._max_window_size:
+        if continuing:
+            return _rendered(first, window, query)
+        header = [*self._newline, (self._start, False), *self._prompt("assistant"), *self._newline]
+        return _rendered(first, window, query, header)
+
+    def _prompt(self, text: str) -> _Marked:
+        return [(id, False) for id in self._tokenizer.encode(text)]
+
+    def _turn(self, role: str, parts: react.Parts) -> _Marked:
+        """A whole turn. The assistant produced the parts marked so, and the end token of its turn."""
+        ids = self._tokenizer.encode("".join(text for text, _ in parts))
+        said = zip(ids, mask_of_parts(self._tokenizer, ids, parts), strict=True)
+        header = [(self._start, False), *self._prompt(role), *self._newline]
+        return [*header, *said, (self._end, role == "assistant")]
+
+    def _window(self, system_length: int, history: list[_Marked]) -> _Marked:
+        """The newest turns of `history`, user's and assistant's in pairs, that fit beside the system text."""
+        window: _Marked = []
+        for index in range(len(history) - 2, -1, -2):
+            pair = history[index] + history[index + 1]
+            if system_length + len(pair) + len(window) >= self._max_window_size:
                 break
-            history = pair + history
-        return system + history + query
+            window = pair + window
+        return window
+
+
+def _plain_turns(messages: Sequence[Mapping[str, Any]], offset: int) -> list[tuple[str, react.Parts]]:
+    for index, message in enumerate(messages):
+        expected = ("user", "assistant")[index % 2]
+        if message["role"] != expected:
+            raise ValueError(
+                f"messages[{offset + index}].role is {message['role']!r}, but {expected!r} comes here: Qwen-1 takes "
+                "one system message first, then user and assistant in turn"
+            )
+    return [(message["role"], [(message["content"], message["role"] == "assistant")]) for message in messages]
+
+
+def _rendered(*blocks: _Marked) -> Rendered:
+    return Rendered([id for block in blocks for id, _ in block], [said for block in blocks for _, said in block])

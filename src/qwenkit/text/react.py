@@ -55,8 +55,93 @@ def instruction(tools: Sequence[Any]) -> str:
     return _INSTRUCTION.format(descriptions="\n\n".join(descriptions), names=", ".join(names))
 
 
-def call_lines(thought: str, call: Mapping[str, Any], field: str) -> str:
-    """The assistant's lines that call a tool. Raises ValueError naming `field` if the call is malformed."""
+Parts = list[tuple[str, bool]]  # the text of one turn in pieces, each with whether the assistant wrote it
+
+
+def turns(messages: Sequence[Mapping[str, Any]], offset: int, tools: Sequence[Any]) -> list[tuple[str, Parts]]:
+    """User's and assistant's turns in turn: calls, their results and the answer after them become one assistant turn.
+
+    messages: as the caller wrote them but with contents as text, without the system message; the first is
+    messages[offset] in errors. The instruction goes where the original puts it, into the last user turn that has been
+    answered, else into the last one. Raises ValueError naming a message that comes at the wrong place.
+    """
+    done: list[tuple[str, Parts]] = []
+    calls: list[tuple[str, Any]] = []  # calls that wait for their turn: all but the first of several made at once
+    previous = ""
+    for index, message in enumerate(_in_order_of_calls(messages)):
+        field, role, content = f"messages[{offset + index}]", message["role"], _trimmed(message["content"])
+        after = {"user": ("", "assistant", "tool"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}.get(
+            role, ()
+        )
+        if previous not in after:
+            raise ValueError(
+                f"{field}.role is {role!r}, which cannot come here: Qwen-1 takes one system message first, then user and "
+                "assistant in turn, and tool results after the assistant's call"
+            )
+        if calls and role != "tool":
+            break
+        if role == "user":
+            done.append((role, [(content, False)]))
+        elif role == "tool":
+            done[-1][1].append((f"\n{OBSERVATION} {content}", False))
+            if calls:
+                done[-1][1].append((f"\n{_call_lines('', *calls.pop(0))}", True))
+        else:
+            lines, calls = _assistant_lines(message, content, field, answering=bool(tools))
+            if previous == "user":
+                done.append((role, [(lines, True)]))
+            else:
+                done[-1][1].append((f"\n{lines}", True))
+        previous = role
+    if calls:
+        raise ValueError(f"{calls[0][0]}: Qwen-1 makes one call at a time, the result of the call before it is missing")
+    if tools and done:
+        last = max(index for index, (role, _) in enumerate(done) if role == "user")
+        answered = last - 2 if last == len(done) - 1 and last >= 2 else last
+        done[answered] = asked(done[answered], tools)
+    return done
+
+
+def asked(turn: tuple[str, Parts], tools: Sequence[Any]) -> tuple[str, Parts]:
+    """A user's turn with the instruction before its question."""
+    role, parts = turn
+    return role, [(f"{instruction(tools)}\n\nQuestion: ", False), *parts]
+
+
+def _assistant_lines(
+    message: Mapping[str, Any], content: str, field: str, *, answering: bool
+) -> tuple[str, list[tuple[str, Any]]]:
+    """What the assistant said, with its first call, and the calls left over."""
+    reasoning = message.get("reasoning_content")
+    thought = _trimmed(reasoning) if isinstance(reasoning, str) else ""
+    calls = [(f"{field}.tool_calls[{number}]", call) for number, call in enumerate(message.get("tool_calls") or ())]
+    if calls:
+        return _call_lines("\n".join(filter(None, (thought, content))), *calls[0]), calls[1:]
+    if answering:
+        content = f"{THOUGHT} {thought or 'I now know the final answer.'}\n{FINAL_ANSWER} {content}"
+    return content, []
+
+
+def _in_order_of_calls(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages, with the results of several calls made at once in the order of the calls."""
+    ordered: list[Mapping[str, Any]] = []
+    places: dict[Any, int] = {}
+    start = 0  # where the results now being read begin in `ordered`
+    for message in messages:
+        ordered.append(message)
+        if message["role"] == "tool":
+            ordered[start:] = sorted(ordered[start:], key=lambda result: places.get(str(result.get("tool_call_id")), 0))
+        else:
+            places = {str(call.get("id")): place for place, call in enumerate(message.get("tool_calls") or ())}
+            start = len(ordered)
+    return ordered
+
+
+def _trimmed(text: str) -> str:
+    return text.lstrip("\n").rstrip()
+
+
+def _call_lines(thought: str, field: str, call: Mapping[str, Any]) -> str:
     function = call.get("function", call)
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
@@ -66,7 +151,7 @@ def call_lines(thought: str, call: Mapping[str, Any], field: str) -> str:
         arguments = json.dumps(arguments, ensure_ascii=False)
     if not thought.startswith(THOUGHT):
         thought = f"{THOUGHT} {thought}"
-    return f"{thought}\n{ACTION} {name}\n{ACTION_INPUT} {arguments}"
+    return f"{thought}\n{ACTION} {name}\n{ACTION_INPUT} {arguments}".rstrip()
 
 
 def react_grammar(schemas: Mapping[str, str]) -> str:

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from json.decoder import scanstring
 from typing import Any, Protocol
 
 from qwenkit.text.answer_tags import Tag
@@ -154,7 +153,7 @@ def hermes_grammar(schemas: Mapping[str, str], *, parallel: bool, tags: tuple[st
     tags: the start and end tag, each as the grammar's own name for a token or as a quoted string.
     """
     rules = [
-        f'start: call ("\\n" call)*' if parallel else "start: call",
+        'start: call ("\\n" call)*' if parallel else "start: call",
         f'call: {tags[0]} "\\n" ({" | ".join(f"call_{index}" for index in range(len(schemas)))}) "\\n" {tags[1]}',
     ]
     for index, (name, schema) in enumerate(schemas.items()):
@@ -184,7 +183,7 @@ def _members(text: str) -> tuple[dict[str, str], int]:
     while True:
         if text[position : position + 1] != '"':
             raise ValueError("not JSON: a member's name is missing")
-        key, position = scanstring(text, position + 1, False)
+        key, position = _DECODER.raw_decode(text, position)
         position = _after(text, position, ":")
         _, end = _DECODER.raw_decode(text, position)
         if key in members:
