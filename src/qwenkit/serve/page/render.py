@@ -1,0 +1,118 @@
+"""Markdown of a model to HTML that is safe to show, and the program that does it for the server (see worker.py).
+
+Raw HTML is text, links lead only to http, https and mailto, images become links, so nothing is fetched, and code is highlighted
+by Pygments with classes, never with styles. Run as a program it reads texts from standard input and writes their HTML to
+standard output, each as eight bytes of length (little endian) and UTF-8, until the input ends.
+"""
+
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.token import Token
+
+MAX_MARKDOWN = 1 << 18  # characters; a longer text is shown as it is
+MAX_HIGHLIGHTED = 1 << 16  # characters of one code block; a longer one is shown in one colour
+MAX_NESTING = 24  # quotes in lists in quotes
+MAX_LANGUAGE = 30  # characters of a code block's label
+
+SAFE_LINK = re.compile(r"(https?://|mailto:)[^\s<>\"]+", re.IGNORECASE)
+ALIGNMENT = re.compile(r"text-align:(left|center|right)")
+
+
+def render(text: str) -> str:
+    """Markdown to HTML; a text that is too long, or that the parser fails on, is escaped and shown as it is."""
+    if len(text) > MAX_MARKDOWN:
+        return plain(text)
+    try:
+        return str(parser().render(text))
+    except (RecursionError, ValueError, IndexError):
+        return plain(text)
+
+
+def plain(text: str) -> str:
+    return f'<pre class="plain">{escape(text)}</pre>'
+
+
+@cache
+def parser() -> "MarkdownIt":
+    from markdown_it import MarkdownIt
+
+    options = {"html": False, "linkify": False, "typographer": False, "maxNesting": MAX_NESTING}
+    markdown = MarkdownIt("commonmark", options).enable(["table", "strikethrough"])
+    markdown.validateLink = lambda url: SAFE_LINK.fullmatch(url) is not None  # type: ignore[method-assign]
+    markdown.add_render_rule("fence", fence)
+    markdown.add_render_rule("code_block", fence)
+    markdown.add_render_rule("image", image)
+    markdown.add_render_rule("link_open", link_open)
+    for cell in ("th_open", "td_open"):
+        markdown.add_render_rule(cell, table_cell)
+    return markdown
+
+
+def fence(renderer: Any, tokens: "Sequence[Token]", index: int, options: Any, env: Any) -> str:
+    """A code block: its language, and its text highlighted if Pygments knows the language."""
+    token = tokens[index]
+    words = token.info.split(maxsplit=1)
+    language = words[0][:MAX_LANGUAGE] if words else ""
+    code = highlight(token.content, language.lower())
+    return f'<div class="code" data-language="{escape(language)}"><pre><code>{code}</code></pre></div>\n'
+
+
+@lru_cache(maxsize=128)  # a growing text comes again and again, with the same blocks at its front
+def highlight(code: str, language: str) -> str:
+    from pygments import highlight as to_html
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import get_lexer_by_name
+    from pygments.util import ClassNotFound
+
+    if not language or len(code) > MAX_HIGHLIGHTED:
+        return escape(code)
+    try:
+        lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
+    except ClassNotFound:
+        return escape(code)
+    return str(to_html(code, lexer, HtmlFormatter(nowrap=True)))
+
+
+def image(renderer: Any, tokens: "Sequence[Token]", index: int, options: Any, env: Any) -> str:
+    """An image is a link to it, or only its description where it stands in a link already."""
+    token = tokens[index]
+    source = str(token.attrGet("src") or "")
+    label = escape(renderer.renderInlineAsText(token.children or [], options, env) or source)
+    open_links = sum(token.nesting for token in tokens[:index] if token.type in ("link_open", "link_close"))
+    return label if open_links else f'<a href="{escape(source)}" {LINK}>{label}</a>'
+
+
+LINK = 'rel="noopener noreferrer nofollow" target="_blank"'
+
+
+def link_open(renderer: Any, tokens: "Sequence[Token]", index: int, options: Any, env: Any) -> str:
+    token = tokens[index]
+    title = f' title="{escape(str(token.attrGet("title")))}"' if token.attrGet("title") else ""
+    return f'<a href="{escape(str(token.attrGet("href") or ""))}"{title} {LINK}>'
+
+
+def table_cell(renderer: Any, tokens: "Sequence[Token]", index: int, options: Any, env: Any) -> str:
+    """Alignment as a class: the page's policy allows no style attributes."""
+    token = tokens[index]
+    aligned = ALIGNMENT.search(str(token.attrGet("style") or ""))
+    return f'<{token.tag} class="{aligned.group(1)}">' if aligned else f"<{token.tag}>"
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when this process ends
+    while len(size := sys.stdin.buffer.read(8)) == 8:
+        html = render(sys.stdin.buffer.read(int.from_bytes(size, "little")).decode()).encode()
+        sys.stdout.buffer.write(len(html).to_bytes(8, "little") + html)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()
