@@ -90,7 +90,7 @@ def checked(field: str, make: Callable[..., Grammar], *args: Any) -> Grammar:
 
 
 def among(grammar: Grammar, tokenizer: Tokenizer, *, may_think: bool, calls: str = "") -> Grammar:
-    """`grammar` after reasoning that the model may begin with, or instead of it the tool calls that the lark text `calls` describes.
+    """`grammar` after a thought that the model may begin with, or instead of it the tool calls of the lark text `calls`.
 
     Both are grammars of the whole answer, so that the engine needs no word about either.
     """
