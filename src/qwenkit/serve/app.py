@@ -23,6 +23,7 @@ from qwenkit.serve.tracing import OtlpTracing, Tracing
 
 ROUTERS = (
     "operation",
+    "adapters",
     "api.chat",
     "api.completions",
     "api.tokens",

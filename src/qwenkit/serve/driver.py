@@ -14,18 +14,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Delta
 from qwenkit.engine.sampling import SamplingParams
-from qwenkit.serve.caller import Caller, caller
+from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError, internal_error
 from qwenkit.serve.limits import MinuteLimits
-from qwenkit.serve.logs import log_answer
 from qwenkit.serve.metrics import Metrics
-from qwenkit.serve.tracing import current
+from qwenkit.serve.ticket import Ticket, watch_engine
 
 log = logging.getLogger("qwenkit.serve")
 
@@ -33,30 +31,6 @@ IDLE_BEAT = 0.5  # seconds between heartbeats of an idle engine
 RAISED_STEPS = 3  # steps in a row that raise as a whole before the engine counts as broken
 FAILED_REQUESTS = 10  # the same for requests in a row that fail one by one
 RETRY_AFTER = "2"
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """One request between the two sides. The event loop owns it, but for `engine_id`, which is the thread's."""
-
-    prompt: Sequence[int]
-    params: SamplingParams
-    settings: dict[str, Any]
-    caller: Caller
-    request_id: str
-    arrived: float
-    pending: list[Delta] = field(default_factory=list)
-    error: Exception | None = None
-    waiter: asyncio.Future[None] | None = None
-    queued: bool = True  # counted among the waiting: nothing has come back yet
-    first: float = 0.0
-    last: float = 0.0
-    num_tokens: int = 0
-    open_answers: int = 0
-    engine_id: int | None = None
-    reason: str = "abort"
-    num_cached: int = 0
-    texts: list[str] | None = None  # kept only where contents go to the log
 
 
 class Driver:
@@ -94,11 +68,11 @@ class Driver:
         self._beat = time.monotonic()
         self._raised = 0
         self._failed = 0
-        self._open: set[_Ticket] = set()
-        self._by_engine_id: dict[int, _Ticket] = {}  # the thread's
+        self._open: set[Ticket] = set()
+        self._by_engine_id: dict[int, Ticket] = {}  # the thread's
         self._num_queued = 0
         self._queued_tokens = 0
-        self._watch()
+        watch_engine(self.metrics, engine, lambda: self.heartbeat_age)
 
     def start(self) -> None:
         """Start the engine's thread. Called once."""
@@ -174,7 +148,7 @@ class Driver:
         }
         if adapter is not None:
             settings["adapter"] = adapter
-        ticket = self._admit(_Ticket(prompt, params, settings, who, request_id or who.request_id, time.monotonic()))
+        ticket = self._admit(Ticket(prompt, params, settings, who, request_id or who.request_id, time.monotonic()))
         try:
             while ticket.open_answers or ticket.pending:
                 if not ticket.pending:
@@ -198,7 +172,7 @@ class Driver:
 
     # The event loop's side.
 
-    def _admit(self, ticket: _Ticket) -> _Ticket:
+    def _admit(self, ticket: Ticket) -> Ticket:
         if self.draining:
             raise self._refused("draining", 503, "the server is shutting down", "shutting_down")
         if not self._responds:
@@ -236,13 +210,13 @@ class Driver:
             self._inbox.append((kind, what))
             self._bell.notify()
 
-    def _dequeue(self, ticket: _Ticket) -> None:
+    def _dequeue(self, ticket: Ticket) -> None:
         if ticket.queued:
             ticket.queued = False
             self._num_queued -= 1
             self._queued_tokens -= len(ticket.prompt)
 
-    def _close(self, ticket: _Ticket) -> None:
+    def _close(self, ticket: Ticket) -> None:
         """The stream is over, by whichever side."""
         self._dequeue(ticket)
         if ticket in self._open:
@@ -250,39 +224,21 @@ class Driver:
             if ticket.open_answers:
                 ticket.reason = "abort" if ticket.error is None else "error"
                 self.metrics.finished(ticket.reason)
-                self.metrics.generation_tokens.inc(ticket.num_tokens)
                 self._send("abort", ticket)
+            self.metrics.generation_tokens.inc(ticket.num_tokens)
             self.limits.spend_tokens(ticket.caller, ticket.num_tokens)
-            self._record(ticket)
+            ticket.record(self.engine.tokenizer)
 
-    def _record(self, ticket: _Ticket) -> None:
-        now = time.monotonic()
-        fields: dict[str, Any] = {
-            "request_id": ticket.request_id,
-            "key": ticket.caller.name,
-            "prompt_tokens": len(ticket.prompt),
-            "cached_tokens": ticket.num_cached,
-            "completion_tokens": ticket.num_tokens,
-            "finish_reason": ticket.reason,
-            "ttft_ms": round((ticket.first - ticket.arrived) * 1000, 1) if ticket.first else None,
-            "ms": round((now - ticket.arrived) * 1000, 1),
-        }
-        current.get().answered(fields)
-        if ticket.texts is not None:
-            prompt = self.engine.tokenizer.decode(ticket.prompt, skip_special=False)
-            fields |= {"prompt": prompt, "answer": "".join(ticket.texts)}
-        log_answer(fields)
-
-    def _fail(self, ticket: _Ticket, error: Exception) -> None:
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
         ticket.error = error
         self._wake(ticket)
 
     @staticmethod
-    def _wake(ticket: _Ticket) -> None:
+    def _wake(ticket: Ticket) -> None:
         if ticket.waiter is not None and not ticket.waiter.done():
             ticket.waiter.set_result(None)
 
-    def _deliver(self, batch: list[tuple[_Ticket, Delta]], now: float) -> None:
+    def _deliver(self, batch: list[tuple[Ticket, Delta]], now: float) -> None:
         """All Deltas of one step, on the event loop."""
         gaps = self.metrics.inter_token_latency
         for ticket, delta in batch:
@@ -292,7 +248,7 @@ class Driver:
                 continue
             if ticket.queued:
                 self._dequeue(ticket)
-                self._began(ticket, delta, now)
+                ticket.began(delta, now, self.metrics)
             else:
                 gaps.observe(now - ticket.last)
             ticket.last = now
@@ -305,31 +261,9 @@ class Driver:
                 ticket.reason = delta.finish_reason
                 self.metrics.finished(delta.finish_reason)
                 if not ticket.open_answers:
-                    self._ended(ticket, now)
+                    ticket.ended(now, self.metrics)
             if ticket.waiter is not None and not ticket.waiter.done():
                 ticket.waiter.set_result(None)
-
-    def _began(self, ticket: _Ticket, delta: Delta, now: float) -> None:
-        metrics = self.metrics
-        ticket.first = now
-        ticket.num_cached = delta.num_cached_tokens
-        metrics.time_to_first_token.observe(now - ticket.arrived)
-        if delta.admitted_at:
-            metrics.queue_time.observe(max(delta.admitted_at - ticket.arrived, 0))
-            metrics.prefill_time.observe(now - delta.admitted_at)
-        metrics.prompt_tokens.inc(len(ticket.prompt))
-        metrics.request_prompt_tokens.observe(len(ticket.prompt))
-        metrics.prefix_cache_queries.inc(len(ticket.prompt))
-        metrics.prefix_cache_hits.inc(delta.num_cached_tokens)
-
-    def _ended(self, ticket: _Ticket, now: float) -> None:
-        metrics = self.metrics
-        metrics.generation_tokens.inc(ticket.num_tokens)
-        metrics.request_generation_tokens.observe(ticket.num_tokens)
-        metrics.e2e_latency.observe(now - ticket.arrived)
-        metrics.decode_time.observe(now - ticket.first)
-        if ticket.num_tokens > 1:
-            metrics.time_per_output_token.observe((now - ticket.first) / (ticket.num_tokens - 1))
 
     # The engine thread's side.
 
@@ -369,11 +303,11 @@ class Driver:
             try:
                 what.engine_id = self.engine.add(what.prompt, what.params, **what.settings)
                 self._by_engine_id[what.engine_id] = what
-            except Exception as error:
-                if not isinstance(error, ValueError):
-                    log.exception("request %s could not be added", what.request_id)
-                    error = internal_error(what.request_id)
+            except ValueError as error:
                 self._to_loop(self._fail, what, error)
+            except Exception:
+                log.exception("request %s could not be added", what.request_id)
+                self._to_loop(self._fail, what, internal_error(what.request_id))
         elif kind == "abort":
             if what.engine_id is not None:
                 self._by_engine_id.pop(what.engine_id, None)
@@ -382,10 +316,11 @@ class Driver:
         else:
             function, loop, future = what
             try:
-                result, error = function(self.engine), None
-            except Exception as caught:
-                result, error = None, caught
-            loop.call_soon_threadsafe(_settle, future, result, error)
+                outcome = function(self.engine)
+            except Exception as error:
+                loop.call_soon_threadsafe(_settle, future, None, error)
+            else:
+                loop.call_soon_threadsafe(_settle, future, outcome, None)
 
     def _drop_all(self) -> None:
         """The engine cannot go on with what it has: every request in it is answered with an error."""
@@ -404,24 +339,6 @@ class Driver:
                 self.engine.check()
             except AssertionError:
                 log.exception("the idle engine's books do not balance")
-
-    def _watch(self) -> None:
-        """Numbers that the engine knows, read from other threads: each is one look at one counter."""
-        engine, watch, count = self.engine, self.metrics.watch, self.metrics.watch_count
-        pool, scheduler = engine.pool, engine.scheduler
-        watch("num_requests_running", "Answers being computed.", lambda: len(scheduler.running))
-        watch(
-            "num_requests_waiting", "Answers waiting to be computed.", lambda: len(scheduler.waiting) + len(self._inbox)
-        )
-        watch(
-            "kv_cache_usage_perc",
-            "Share of the cache's blocks in use, 0 to 1.",
-            lambda: 1 - pool.num_free / pool.num_blocks,
-        )
-        watch("engine_heartbeat_age_seconds", "Since the engine's loop last came by.", lambda: self.heartbeat_age)
-        count("num_preemptions", "Answers that lost their place to others.", lambda: scheduler.num_preemptions)
-        count("corrupted_requests", "Answers ended because their logits were not finite.", lambda: engine.num_corrupted)
-        count("failed_requests", "Answers ended because computing them raised.", lambda: engine.num_failed)
 
     def _to_loop(self, function: Callable[..., None], *args: Any) -> None:
         loop = self._loop

@@ -1,0 +1,100 @@
+"""Ticket: one request on its way through the driver, and what is noted of it.
+
+In: Deltas and the times at which they came. Out: observations for Prometheus, one line for the log, and numbers for the trace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwenkit.engine.engine import Engine
+from qwenkit.engine.request import Delta
+from qwenkit.engine.sampling import SamplingParams
+from qwenkit.serve.caller import Caller
+from qwenkit.serve.logs import log_answer
+from qwenkit.serve.metrics import Metrics
+from qwenkit.serve.tracing import current
+from qwenkit.text.tokenizer import Tokenizer
+
+
+@dataclass(eq=False)
+class Ticket:
+    """The event loop owns it, but for `engine_id`, which is the engine thread's. Times are time.monotonic()."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    settings: dict[str, Any]
+    caller: Caller
+    request_id: str
+    arrived: float
+    pending: list[Delta] = field(default_factory=list)
+    error: Exception | None = None
+    waiter: asyncio.Future[None] | None = None
+    queued: bool = True  # counted among the waiting: nothing has come back yet
+    open_answers: int = 0
+    engine_id: int | None = None
+    first: float = 0.0
+    last: float = 0.0
+    num_tokens: int = 0
+    num_cached: int = 0
+    reason: str = "abort"
+    texts: list[str] | None = None  # kept only where contents go to the log
+
+    def began(self, delta: Delta, now: float, metrics: Metrics) -> None:
+        """Its first Delta is here."""
+        self.first = now
+        self.num_cached = delta.num_cached_tokens
+        metrics.time_to_first_token.observe(now - self.arrived)
+        if delta.admitted_at:
+            metrics.queue_time.observe(max(delta.admitted_at - self.arrived, 0))
+            metrics.prefill_time.observe(max(now - delta.admitted_at, 0))
+        metrics.prompt_tokens.inc(len(self.prompt))
+        metrics.request_prompt_tokens.observe(len(self.prompt))
+        metrics.prefix_cache_queries.inc(len(self.prompt))
+        metrics.prefix_cache_hits.inc(delta.num_cached_tokens)
+
+    def ended(self, now: float, metrics: Metrics) -> None:
+        """All its answers are finished."""
+        metrics.request_generation_tokens.observe(self.num_tokens)
+        metrics.e2e_latency.observe(now - self.arrived)
+        metrics.decode_time.observe(now - self.first)
+        if self.num_tokens > 1:
+            metrics.time_per_output_token.observe((now - self.first) / (self.num_tokens - 1))
+
+    def record(self, tokenizer: Tokenizer) -> None:
+        """Write down that it is over, in the log and in the trace of the running task."""
+        fields: dict[str, Any] = {
+            "request_id": self.request_id,
+            "key": self.caller.name,
+            "prompt_tokens": len(self.prompt),
+            "cached_tokens": self.num_cached,
+            "completion_tokens": self.num_tokens,
+            "finish_reason": self.reason,
+            "ttft_ms": round((self.first - self.arrived) * 1000, 1) if self.first else None,
+            "ms": round((time.monotonic() - self.arrived) * 1000, 1),
+        }
+        current.get().answered(fields)
+        if self.texts is not None:
+            fields |= {"prompt": tokenizer.decode(self.prompt, skip_special=False), "answer": "".join(self.texts)}
+        log_answer(fields)
+
+
+def watch_engine(metrics: Metrics, engine: Engine, heartbeat_age: Callable[[], float]) -> None:
+    """Publish what the engine counts itself. It is read from another thread: each number is one look at one attribute."""
+    pool, scheduler = engine.pool, engine.scheduler
+    watch, count = metrics.watch, metrics.watch_count
+    watch("num_requests_running", "Answers being computed.", lambda: len(scheduler.running))
+    watch("num_requests_waiting", "Answers waiting to be computed.", lambda: len(scheduler.waiting))
+    watch(
+        "kv_cache_usage_perc",
+        "Share of the cache's blocks in use, 0 to 1.",
+        lambda: 1 - pool.num_free / pool.num_blocks,
+    )
+    watch("engine_heartbeat_age_seconds", "Since the engine's loop last came by.", heartbeat_age)
+    count("num_preemptions", "Answers that lost their place to others.", lambda: scheduler.num_preemptions)
+    count("corrupted_requests", "Answers ended because their logits were not finite.", lambda: engine.num_corrupted)
+    count("failed_requests", "Answers ended because computing them raised.", lambda: engine.num_failed)
