@@ -36,7 +36,7 @@ def save_adapter(reference: Any, folder: Path, seed: int = 1, **settings: Any) -
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,28 +68,50 @@ class Engine:
         prompt: AbstractSequence[int],
         params: SamplingParams | None = None,
         *,
+        adapter: str | None = None,
         priority: int = 0,
         cache_namespace: str = "",
     ) -> int:
         """Queue a prompt of token ids; returns the request's id.
 
-        A higher `priority` runs first, a lower one is preempted first. Only requests of one `cache_namespace` share a prefix.
-        Raises ValueError for an empty prompt, one that leaves no room for an answer, or a token id outside the vocabulary.
+        `adapter` names a loaded one. A higher `priority` runs first, a lower one is preempted first. Only requests of one
+        `cache_namespace` share a prefix.
+        Raises ValueError for an empty prompt, one that leaves no room for an answer, a token id outside the vocabulary, or an
+        adapter that is not loaded.
         """
         params = (params or SamplingParams()).with_defaults(self.defaults)
         self.check_prompt(prompt)
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("stop_token_ids", params.stop_token_ids)
+        adapter_key = None if adapter is None else self.runner.adapters.key(adapter)
         request_id = self._next_id
         self._next_id += 1
         seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
         sequences = [self._sequence(request_id, index, prompt, params, seed) for index in range(params.n)]
         for sequence in sequences:
             sequence.priority, sequence.cache_namespace = priority, cache_namespace
+            sequence.adapter = adapter_key
         sequences[0].followers = sequences[1:]
         self._live[request_id] = sequences
         self.scheduler.add(sequences[0])
         return request_id
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return self.runner.adapters.names
+
+    def load_adapter(self, name: str, path: Path | str) -> None:
+        """Read a LoRA adapter (a folder as peft writes it); requests may then name it. Raises what `Adapters.load` raises."""
+        self.runner.adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. ValueError for an unknown one, or while requests use it."""
+        key = self.runner.adapters.key(name)
+        users = sum(any(sequence.adapter == key for sequence in sequences) for sequences in self._live.values())
+        if users:
+            raise ValueError(f"adapter {name!r} is in use by {users} requests; unload it when they have ended")
+        self.runner.adapters.unload(name)
 
     def check_prompt(self, prompt: AbstractSequence[int]) -> None:
         """Raise the ValueError that `add` would raise for this prompt."""

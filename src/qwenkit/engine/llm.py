@@ -54,11 +54,18 @@ class LLM:
     """A model by folder, .gguf file, alias (`smollm2`) or hub id, ready to generate.
 
     Settings are those of EngineConfig, given as one or by name: `LLM("smollm2", kv_memory="1GiB", max_model_len=4096)`.
+    `lora` names LoRA adapters by folder: `LLM("smollm2", lora={"poet": "adapters/poet"}).generate(text, adapter="poet")`.
     Raises ValueError or FileNotFoundError, one sentence, for anything that cannot be found, read or fit.
     """
 
     def __init__(
-        self, model: str | Path, config: EngineConfig | None = None, *, progress: bool = False, **settings: Any
+        self,
+        model: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        lora: Mapping[str, str | Path] | None = None,
+        progress: bool = False,
+        **settings: Any,
     ) -> None:
         self.config = _with_settings(config or EngineConfig(), settings)
         checkpoint = open_checkpoint(find_model(str(model), progress=progress))
@@ -92,6 +99,8 @@ class LLM:
             eos_ids=checkpoint.eos_token_ids,
             defaults=self.default_params,
         )
+        for name, path in (lora or {}).items():
+            self.engine.load_adapter(name, path)
         self._inbox: dict[int, deque[Delta]] = {}
 
     def encode(
@@ -127,18 +136,21 @@ class LLM:
         prompts: Prompt | AbstractSequence[Prompt],
         params: SamplingParams | AbstractSequence[SamplingParams] | None = None,
         *,
+        adapter: str | None = None,
         progress: bool = False,
         allow_special: bool = False,
     ) -> list[RequestOutput]:
         """Answers to one prompt or many (text or token ids), in the order given, computed as one running batch."""
         many = _as_many(prompts)
-        return self._all([self.encode(prompt, allow_special=allow_special) for prompt in many], params, progress)
+        ids = [self.encode(prompt, allow_special=allow_special) for prompt in many]
+        return self._all(ids, params, adapter, progress)
 
     def chat(
         self,
         messages: AbstractSequence[Message] | AbstractSequence[AbstractSequence[Message]],
         params: SamplingParams | AbstractSequence[SamplingParams] | None = None,
         *,
+        adapter: str | None = None,
         tools: AbstractSequence[Message] | None = None,
         progress: bool = False,
         **variables: Any,
@@ -146,22 +158,25 @@ class LLM:
         """Answers to one conversation or many, each a list of {"role", "content"} messages."""
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        return self._all([self.encode(c, tools=tools, **variables) for c in conversations], params, progress)
+        ids = [self.encode(c, tools=tools, **variables) for c in conversations]
+        return self._all(ids, params, adapter, progress)
 
     def stream(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        adapter: str | None = None,
         tools: AbstractSequence[Message] | None = None,
         allow_special: bool = False,
         **variables: Any,
     ) -> Iterator[Delta]:
         """The answer as it is written; closing the iterator ends the request. A bad prompt raises at once."""
-        return self._deltas(self.encode(prompt, tools=tools, allow_special=allow_special, **variables), params)
+        ids = self.encode(prompt, tools=tools, allow_special=allow_special, **variables)
+        return self._deltas(ids, params, adapter)
 
     def as_completed(
-        self, requests: Iterable[tuple[Prompt, SamplingParams | None]]
+        self, requests: Iterable[tuple[Prompt, SamplingParams | None]], *, adapter: str | None = None
     ) -> Iterator[tuple[int, RequestOutput]]:
         """(place in `requests`, output) as they finish. `requests` is drawn from as the engine has room, so it may be endless."""
         pending = enumerate(requests)
@@ -176,7 +191,7 @@ class LLM:
                         break
                     place, (prompt, params) = item
                     ids = self.encode(prompt)
-                    live[self._add(ids, params)] = place, _Collector(ids, params.n if params else 1)
+                    live[self._add(ids, params, adapter)] = place, _Collector(ids, params.n if params else 1)
                 if not live:
                     return
                 self._step()
@@ -234,8 +249,8 @@ class LLM:
         self.engine.check_prompt(ids)
         return ids
 
-    def _add(self, ids: list[int], params: SamplingParams | None) -> int:
-        request_id = self.engine.add(ids, params)
+    def _add(self, ids: list[int], params: SamplingParams | None, adapter: str | None) -> int:
+        request_id = self.engine.add(ids, params, adapter=adapter)
         self._inbox[request_id] = deque()
         return request_id
 
@@ -247,8 +262,8 @@ class LLM:
         self.engine.abort(request_id)
         self._inbox.pop(request_id, None)
 
-    def _deltas(self, ids: list[int], params: SamplingParams | None) -> Iterator[Delta]:
-        request_id = self._add(ids, params)
+    def _deltas(self, ids: list[int], params: SamplingParams | None, adapter: str | None) -> Iterator[Delta]:
+        request_id = self._add(ids, params, adapter)
         inbox = self._inbox[request_id]
         count = params.n if params else 1
         try:
@@ -265,6 +280,7 @@ class LLM:
         self,
         prompts: list[list[int]],
         params: SamplingParams | AbstractSequence[SamplingParams] | None,
+        adapter: str | None,
         progress: bool,
     ) -> list[RequestOutput]:
         each = params if params is not None and not isinstance(params, SamplingParams) else [params] * len(prompts)
@@ -274,7 +290,7 @@ class LLM:
             )
         outputs: list[RequestOutput | None] = [None] * len(prompts)
         with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
-            for place, output in self.as_completed(zip(prompts, each, strict=True)):
+            for place, output in self.as_completed(zip(prompts, each, strict=True), adapter=adapter):
                 outputs[place] = output
                 bar.update()
         return [output for output in outputs if output is not None]

@@ -89,6 +89,7 @@ class Sequence:
     detokenizer: Detokenizer
     stop_strings: StopStrings | None
     rope_alpha: float | None = None
+    adapter: str | None = None  # its key, see Adapters
     num_computed: int = 0
     num_cached: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -111,10 +112,10 @@ class Sequence:
 
     def extend_hashes(self, block_size: int) -> list[bytes]:
         """Chained hashes of all blocks that the tokens fill. What else decides a key or value is in the chain's first link:
-        for Qwen-1 the rotary stretch; and whose blocks are not to be shared with whom.
+        for Qwen-1 the rotary stretch, and the adapter; and whose blocks are not to be shared with whom.
         """
         hashes = self.block_hashes
-        parent = hashes[-1] if hashes else repr((self.rope_alpha, self.cache_namespace)).encode()
+        parent = hashes[-1] if hashes else repr((self.rope_alpha, self.cache_namespace, self.adapter)).encode()
         for start in range(len(hashes) * block_size, len(self.tokens) - block_size + 1, block_size):
             parent = chain_hash(parent, self.tokens[start : start + block_size])
             hashes.append(parent)

@@ -1,7 +1,7 @@
 """Runner: owns the model and the memory of the key/value cache. Rows go in, logits of the rows that sample come out.
 
-A step in which every row decodes is replayed from a recording where that is possible (graphs.py); any other is run as the
-model's code says.
+A step in which every row decodes is replayed from a recording where that is possible (graphs.py); any other, and any with a
+row that uses an adapter, is run as the model's code says.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from qwenkit import ops
+from qwenkit.engine.adapters import Adapters
 from qwenkit.engine.batch import Batch
 from qwenkit.engine.graphs import DecodeGraphs
 from qwenkit.engine.scheduler import Row
@@ -61,6 +62,7 @@ class Runner:
             KVCache.empty(num_blocks + 1, block_size, heads, dim, cache_dtype or norm.dtype, self.device)
             for _ in range(config.num_hidden_layers)
         ]
+        self.adapters = Adapters(model)
         native = ops.native()
         self.graphs: DecodeGraphs | None = None
         if graphs and native is not None and self.device.type == "cpu" and norm.dtype == torch.float32:
@@ -70,12 +72,14 @@ class Runner:
     @torch.inference_mode()
     def run(self, rows: list[Row]) -> Computed:
         """Compute the rows' tokens."""
-        if self.graphs is not None:
+        adapted = any(row.sequence.adapter is not None for row in rows)
+        if self.graphs is not None and not adapted:
             logits = self.graphs.run(rows)
             if logits is not None:
                 return Computed(logits, None)
         batch = Batch.of(rows, self.caches, self.device)
-        hidden = self.model(batch.ids, batch.positions, batch.ctx)
+        with self.adapters.routed((row.sequence.adapter, row.num_tokens) for row in rows):
+            hidden = self.model(batch.ids, batch.positions, batch.ctx)
         return Computed(self.model.logits(hidden[batch.last_rows]), hidden)
 
     @torch.inference_mode()
