@@ -119,7 +119,9 @@ def _on_validation(request: Request, error: Exception) -> JSONResponse:
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """400 from pydantic's list of errors: unknown fields by name, else the first thing wrong."""
-    unknown = [_path(error["loc"]) for error in errors if error["type"] == "extra_forbidden"]
+    # The last word is what the client wrote, whatever it looks like; a union tells it once for each branch.
+    found = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
+    unknown = list(dict.fromkeys(".".join(filter(None, (_path(loc[:-1]), str(loc[-1])[:100]))) for loc in found))
     if unknown:
         names = ", ".join(unknown[:20])
         return ApiError(
