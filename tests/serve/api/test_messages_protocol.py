@@ -80,8 +80,8 @@ def test_a_whole_tool_conversation() -> None:
             "content": [
                 {"type": "thinking", "thinking": "easy", "signature": ""},
                 {"type": "redacted_thinking", "data": "xx"},
-                {"type": "text", "text": "I add."},
-                {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": "ä"}},
+                {"type": "text", "text": "I add.", "citations": None, "parsed_output": None},
+                {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": "ä"}, "toolset_name": None},
                 {"type": "tool_use", "id": "t2", "name": "sub", "input": {}},
             ],
         },

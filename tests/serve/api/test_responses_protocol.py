@@ -53,7 +53,7 @@ def test_reasoning_text_and_calls_of_a_turn_are_one_message() -> None:
         {"role": "user", "content": "add"},
         {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "easy"}]},
         {"role": "assistant", "content": "I add."},
-        {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 1}'},
+        {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 1}', "namespace": None},
         {
             "type": "function_call",
             "call_id": "c2",

@@ -35,6 +35,11 @@ def chat_request(chat_fields: Callable[[R], dict[str, Any]], body: R) -> ChatReq
         raise ApiError(400, str(error), code="invalid_value") from None
 
 
+def without_nulls(value: Any) -> Any:
+    """An object without members that are null: clients give answers back with every field that their types know."""
+    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
 @contextmanager
 def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
     """Errors that name a field of the chat request name the one that the caller wrote: `names` has chat's names as keys."""

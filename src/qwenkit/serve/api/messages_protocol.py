@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from qwenkit.serve.api.foreign import without_nulls
 from qwenkit.serve.api.protocol import INT32, MAX_LIST, JsonObject, Label, Name, Strict, Text
 
 CallId = Annotated[str, Field(min_length=1, max_length=512)]
@@ -71,7 +72,7 @@ def _readable(block: Any) -> Any:
         raise PydanticCustomError(
             "text_only", "{what} was given, but this model reads only text", {"what": _TEXT_ONLY[kind]}
         )
-    return block
+    return without_nulls(block)
 
 
 _Text = Annotated[TextBlock, BeforeValidator(_readable, json_schema_input_type=TextBlock)]

@@ -99,7 +99,7 @@ class ResponseWriter:
             self._begin(out, _message() if kind == "message" else _reasoning())
         assert self._open is not None
         self._open["content"][0]["text"] += text
-        extra = {"logprobs": []} if kind == "message" else {}
+        extra: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         self._tell(out, f"response.{_PART[kind]}.delta", **self._place(), content_index=0, delta=text, **extra)
 
     def _begin(self, out: list[Event], item: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class ResponseWriter:
             self._tell(out, "response.function_call_arguments.done", **place, **whole)
         else:
             part = dict(item["content"][0])
-            extra = {"logprobs": []} if item["type"] == "message" else {}
+            extra: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
             kind = f"response.{_PART[item['type']]}.done"
             self._tell(out, kind, **place, content_index=0, text=part["text"], **extra)
             self._tell(out, "response.content_part.done", **place, content_index=0, part=part)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
+from qwenkit.serve.api.foreign import without_nulls
 from qwenkit.serve.api.protocol import INT32, INT64, MAX_LIST, JsonObject, Label, Name, Strict, TemplateArguments, Text
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -28,7 +29,7 @@ def _readable(part: Any) -> Any:
         raise PydanticCustomError(
             "text_only", "a part of the type '{kind}' was given, but this model reads only text", {"kind": kind}
         )
-    return part
+    return without_nulls(part)
 
 
 class InputText(Strict):
@@ -112,14 +113,14 @@ def _known_item(item: Any) -> Any:
     """A message may leave out its type."""
     kind = _kind(item)
     if kind is None and isinstance(item, dict) and "role" in item and item.get("type") is None:
-        return {**item, "type": "message"}
+        return {**without_nulls(item), "type": "message"}
     if kind is not None and kind not in _ITEMS:
         raise PydanticCustomError(
             "stateless_items",
             "an item of the type '{kind}' was given, allowed are " + ", ".join(_ITEMS),
             {"kind": kind},
         )
-    return item
+    return without_nulls(item)
 
 
 _AnyItem = Annotated[MessageItem | FunctionCall | FunctionCallOutput | ReasoningItem, Field(discriminator="type")]
@@ -305,7 +306,7 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
     if request.instructions:
         messages.append({"role": "system", "content": request.instructions})
     for index, item in enumerate(request.input):
-        last = messages[-1] if messages else {"role": None}
+        last: dict[str, Any] = messages[-1] if messages else {"role": None}
         if isinstance(item, FunctionCallOutput):
             if item.call_id not in names:
                 raise ValueError(
