@@ -66,7 +66,9 @@ def turns(messages: Sequence[Mapping[str, Any]], offset: int, tools: Sequence[An
     answered, else into the last one. Raises ValueError naming a message that comes at the wrong place.
     """
     done: list[tuple[str, Parts]] = []
-    calls: list[tuple[str, Any]] = []  # calls that wait for their turn: all but the first of several made at once
+    calls: list[
+        tuple[str, Any]
+    ] = []  # of several calls made at once those without a result yet; the first has been told
     previous = ""
     for index, message in enumerate(_in_order_of_calls(messages)):
         field, role, content = f"messages[{offset + index}]", message["role"], _trimmed(message["content"])
@@ -84,8 +86,9 @@ def turns(messages: Sequence[Mapping[str, Any]], offset: int, tools: Sequence[An
             done.append((role, [(content, False)]))
         elif role == "tool":
             done[-1][1].append((f"\n{OBSERVATION} {content}", False))
-            if calls:
-                done[-1][1].append((f"\n{_call_lines('', *calls.pop(0))}", True))
+            if calls[1:]:
+                done[-1][1].append((f"\n{_call_lines('', *calls[1])}", True))
+            calls = calls[1:]
         else:
             lines, calls = _assistant_lines(message, content, field, answering=bool(tools))
             if previous == "user":
@@ -94,7 +97,9 @@ def turns(messages: Sequence[Mapping[str, Any]], offset: int, tools: Sequence[An
                 done[-1][1].append((f"\n{lines}", True))
         previous = role
     if calls:
-        raise ValueError(f"{calls[0][0]}: Qwen-1 makes one call at a time, the result of the call before it is missing")
+        raise ValueError(
+            f"{calls[0][0]}: its result is missing; Qwen-1 makes one call at a time and goes on after the result"
+        )
     if tools and done:
         last = max(index for index, (role, _) in enumerate(done) if role == "user")
         answered = last - 2 if last == len(done) - 1 and last >= 2 else last
@@ -111,12 +116,12 @@ def asked(turn: tuple[str, Parts], tools: Sequence[Any]) -> tuple[str, Parts]:
 def _assistant_lines(
     message: Mapping[str, Any], content: str, field: str, *, answering: bool
 ) -> tuple[str, list[tuple[str, Any]]]:
-    """What the assistant said, with its first call, and the calls left over."""
+    """What the assistant said, with its first call; and its calls, if they are several."""
     reasoning = message.get("reasoning_content")
     thought = _trimmed(reasoning) if isinstance(reasoning, str) else ""
     calls = [(f"{field}.tool_calls[{number}]", call) for number, call in enumerate(message.get("tool_calls") or ())]
     if calls:
-        return _call_lines("\n".join(filter(None, (thought, content))), *calls[0]), calls[1:]
+        return _call_lines("\n".join(filter(None, (thought, content))), *calls[0]), calls if calls[1:] else []
     if answering:
         content = f"{THOUGHT} {thought or 'I now know the final answer.'}\n{FINAL_ANSWER} {content}"
     return content, []
