@@ -31,6 +31,9 @@ OPEN_ROUTES = frozenset({"/health", "/ready", "/"})
 """Whoever watches the server has no key, and the page must load before a key can be typed into it."""
 
 ADMIN_ROUTES = ("/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+UNCOUNTED_ROUTES = frozenset({"/render"})
+"""The page asks for its markdown several times a second while an answer streams; what may wait there is bounded by itself."""
+
 UPLOADS = frozenset({"/v1/files"})
 SLOWEST_BODY = 1024  # bytes a second that a body must arrive with, on the whole
 
@@ -138,7 +141,7 @@ class Gate:
         if not self.keys.are_set and not self.config.allow_no_key:
             self._check_origin(headers)
         who = replace(who or Caller(is_limited=True), request_id=scope[_ID_KEY])
-        if scope["method"] == "POST" and not who.is_admin:
+        if scope["method"] == "POST" and path not in UNCOUNTED_ROUTES and not who.is_admin:
             try:
                 self.limits.take_request(who)
             except ApiError:

@@ -136,6 +136,6 @@ function addChunk(node, chunk, clock) {
   if (wrote && clock.parts === 1) clock.before = exact ? clock.tokens : 1;
   const tokens = clock.tokens ?? clock.parts;
   const seconds = (clock.last - clock.first) / 1000;
-  const rate = tokens > clock.before && seconds > 0 ? (tokens - clock.before) / seconds : null;
+  const rate = tokens > clock.before && seconds > 0.05 ? (tokens - clock.before) / seconds : null;
   node.stats = { tokens, exact: clock.tokens !== undefined, rate, first: (clock.first - clock.started) / 1000 };
 }

@@ -65,7 +65,8 @@ function showSend() {
 function showList() {
   const focused = document.activeElement?.dataset?.list;
   state.conversations.sort((a, b) => b.updated - a.updated);
-  $("list").replaceChildren(...state.conversations.map((conversation) => {
+  const started = state.conversations.filter((conversation) => conversation.nodes.length);
+  $("list").replaceChildren(...started.map((conversation) => {
     const title = conversation.title || t("untitled");
     const open = h("button", { type: "button", class: "open", "data-list": conversation.id, on: { click: () => openConversation(conversation) } }, title);
     const current = conversation === state.current;

@@ -67,10 +67,10 @@ def fence(renderer: Any, tokens: "Sequence[Token]", index: int, options: Any, en
 
 @lru_cache(maxsize=128)  # a growing text comes again and again, with the same blocks at its front
 def highlight(code: str, language: str) -> str:
-    from pygments import highlight as to_html
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import get_lexer_by_name
-    from pygments.util import ClassNotFound
+    from pygments import highlight as to_html  # type: ignore[import-untyped]
+    from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
+    from pygments.lexers import get_lexer_by_name  # type: ignore[import-untyped]
+    from pygments.util import ClassNotFound  # type: ignore[import-untyped]
 
     if not language or len(code) > MAX_HIGHLIGHTED:
         return escape(code)

@@ -60,7 +60,7 @@ const TEXTS = {
     systemHint: "Who the model is to be, how it should answer",
     sampling: "Sampling",
     temperature: "Temperature",
-    maxTokens: "Most tokens",
+    maxTokens: "Max tokens",
     seed: "Seed",
     thinking: "Thinking",
     byDefault: "Default",

@@ -163,7 +163,8 @@ function showAnswer(view, conversation, node, act, running) {
       key ? h("button", { type: "button", class: "text-button", on: { click: act.openKey } }, t("enterKey")) : null,
       h("button", { type: "button", class: "text-button retry", on: { click: () => act.retry(node) } }, icon("again"), t("retry"))));
   }
-  if (running) foot.replaceChildren(h("span", { class: "stats" }, statsText(node, running)));
+  const failed = node.error && !node.content; // nothing to copy, and a retry stands above
+  if (running || failed) foot.replaceChildren(h("span", { class: "stats" }, statsText(node, running)));
   else foot.replaceChildren(messageTools(conversation, node, act), h("span", { class: "stats" }, statsText(node, running)));
 }
 
