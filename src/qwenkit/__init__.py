@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwenkit.engine.config import EngineConfig
+    from qwenkit.engine.grammar import Grammar
     from qwenkit.engine.llm import LLM, Score
     from qwenkit.engine.request import Completion, Delta, RequestOutput, TokenLogprob
     from qwenkit.engine.sampling import SamplingParams
@@ -24,6 +25,7 @@ __all__ = [
     "Completion",
     "Delta",
     "EngineConfig",
+    "Grammar",
     "ModelConfig",
     "RequestOutput",
     "SamplingParams",
@@ -38,6 +40,7 @@ _HOME = {
     "Completion": "engine.request",
     "Delta": "engine.request",
     "EngineConfig": "engine.config",
+    "Grammar": "engine.grammar",
     "ModelConfig": "model.config",
     "RequestOutput": "engine.request",
     "SamplingParams": "engine.sampling",

@@ -48,7 +48,9 @@ def generate(model: str, input_: Path, output: Path, overwrite: bool, **values: 
     """Answer every line of --input with MODEL, and write the answers in the same order to --output.
 
     A line is a JSON object with "prompt" (text as it is) or "messages" (through the chat template), and if wanted "id",
-    "tools" and any sampling field: {"prompt": "…", "temperature": 0.7, "seed": 1, "max_tokens": 100}.
+    "tools", "grammar" and any sampling field: {"prompt": "…", "temperature": 0.7, "seed": 1, "max_tokens": 100}.
+    A grammar says what the answer must look like: {"kind": "json_schema", "source": {"type": "object"}}; other kinds are
+    json_object, regex, choice (a list of texts) and lark.
 
     \b
     An answer is a JSON object:
@@ -129,6 +131,8 @@ class Batch:
             for job in jobs:
                 try:
                     llm.encode(job.prompt, tools=job.tools)
+                    if job.params.grammar is not None:
+                        llm.engine.grammars.compile(job.params.grammar)
                 except ValueError as error:
                     raise ValueError(f"line {job.line}: {error}") from None
                 for name in ("logit_bias", "stop_token_ids"):

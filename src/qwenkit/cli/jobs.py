@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenkit.cli.options import flags_of, nearest
+from qwenkit.engine.grammar import Grammar
 from qwenkit.engine.sampling import SamplingParams
 
 SAMPLING = flags_of(SamplingParams)
-FIELDS = ("prompt", "messages", "id", "tools", *SAMPLING)
+FIELDS = ("prompt", "messages", "id", "tools", "grammar", "grammar_after", *SAMPLING)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ def read_job(number: int, data: bytes, settings: Mapping[str, Any]) -> Job:
             if name not in FIELDS:
                 raise ValueError(f"{name!r} is no field of a request; {nearest(name, FIELDS)}")
         own = {name: flag.read_json(record[name]) for name, flag in SAMPLING.items() if name in record}
+        if record.get("grammar") is not None:
+            own["grammar"] = Grammar.from_json(record["grammar"])
+        own["grammar_after"] = record.get("grammar_after")
         return Job(
             number, _prompt(record), SamplingParams(**{**settings, **own}), _tools(record), _id(record.get("id"))
         )

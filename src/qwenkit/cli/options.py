@@ -80,12 +80,12 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def flags_of(cls: type, *, exclude: Collection[str] = ()) -> dict[str, Flag]:
-    """The fields of a dataclass by name, in order."""
+    """The fields of a dataclass by name, in order; those without a help sentence are no flags."""
     hints = get_type_hints(cls)
     return {
         field.name: _flag(field.name, hints[field.name], field.default, field.metadata.get("help", ""))
         for field in fields(cls)
-        if field.name not in exclude
+        if field.name not in exclude and "help" in field.metadata
     }
 
 

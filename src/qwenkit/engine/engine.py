@@ -17,6 +17,7 @@ import torch
 from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.config import EngineConfig
 from qwenkit.engine.isolation import compute_apart
+from qwenkit.engine.matcher import Grammars
 from qwenkit.engine.request import Delta, Sequence
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampler import Sampled, describe, sample
@@ -51,6 +52,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.eos_ids = frozenset(eos_ids)
         self.defaults = defaults
+        self.grammars = Grammars(tokenizer, runner.model.config.vocab_size, eos_ids)
         self.pool = BlockPool(runner.num_blocks)
         self.scheduler = Scheduler(config, self.pool)
         self._seeds = np.random.default_rng(config.seed)
@@ -76,14 +78,16 @@ class Engine:
 
         `adapter` names a loaded one. A higher `priority` runs first, a lower one is preempted first. Only requests of one
         `cache_namespace` share a prefix.
-        Raises ValueError for an empty prompt, one that leaves no room for an answer, a token id outside the vocabulary, or an
-        adapter that is not loaded.
+        Raises ValueError for an empty prompt, one that leaves no room for an answer, a token id outside the vocabulary, an
+        adapter that is not loaded, or a grammar that cannot be used.
         """
         params = (params or SamplingParams()).with_defaults(self.defaults)
         self.check_prompt(prompt)
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         adapter_key = None if adapter is None else self.runner.adapters.key(adapter)
+        if params.grammar is not None:
+            self.grammars.compile(params.grammar)
         request_id = self._next_id
         self._next_id += 1
         seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
@@ -144,6 +148,9 @@ class Engine:
             if isinstance(choice, Exception):
                 self.num_failed += 1
                 deltas += self._fail(row.sequence, "the engine could not compute this request")
+            elif choice is not None and row.sequence.matcher is not None and row.sequence.matcher.error is not None:
+                self.num_failed += 1
+                deltas += self._fail(row.sequence, row.sequence.matcher.error)
             elif choice is not None and choice.token_id < 0:
                 self.num_corrupted += 1
                 self.pool.forget(row.sequence.block_table)
@@ -197,6 +204,7 @@ class Engine:
         room = self.max_model_len - len(prompt)
         trained = self.runner.model.config.rope.dynamic_ntk_length
         wants_prompt = params.prompt_logprobs is not None and index == 0
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         return Sequence(
             request_id=request_id,
             index=index,
@@ -205,11 +213,14 @@ class Engine:
             params=params,
             seed=seed,
             max_tokens=min(params.max_tokens or room, room),
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids),
+            stop_ids=stop_ids,
             detokenizer=Detokenizer(self.tokenizer, skip_special=params.skip_special_tokens),
             stop_strings=StopStrings(params.stop) if params.stop else None,
             rope_alpha=None if trained is None else float(ntk_alpha(len(prompt), trained)),
             prompt_logprobs=[None] if wants_prompt else None,
+            matcher=None
+            if params.grammar is None
+            else self.grammars.matcher(params.grammar, stop_ids=stop_ids, after=params.grammar_after),
         )
 
     def _prompt_logprobs(self, row: Row, hidden: torch.Tensor) -> None:
@@ -235,13 +246,18 @@ class Engine:
         finish_reason: str | None = None
         stop_reason: int | str | None = None
         text = ""
-        if token in sequence.stop_ids and sequence.num_output > params.min_tokens:
+        matcher = sequence.matcher
+        if (token in sequence.stop_ids and sequence.num_output > params.min_tokens) or (
+            matcher is not None and matcher.advance(token)
+        ):
             finish_reason = "stop"
             stop_reason = token if token in params.stop_token_ids else None
         else:
             text = sequence.detokenizer.push([token])
             if sequence.num_output >= sequence.max_tokens:
                 finish_reason = "length"
+            if matcher is not None and matcher.finished:
+                finish_reason = "stop"  # nothing but the end could follow
         if finish_reason is not None:
             text += sequence.detokenizer.finish()
         if sequence.stop_strings is not None and sequence.num_output > params.min_tokens:
@@ -260,6 +276,7 @@ class Engine:
             stop_reason=stop_reason,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs is not None else None,
             num_cached_tokens=sequence.num_cached,
+            admitted_at=sequence.admitted_at,
         )
         if first:
             for follower in sequence.followers:

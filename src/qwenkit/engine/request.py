@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from qwenkit.engine.blocks import chain_hash
+from qwenkit.engine.matcher import Matcher
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.text.stream import Detokenizer, StopStrings
 
@@ -41,6 +42,7 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    admitted_at: float = 0.0  # time.monotonic() of the first step with it
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Sequence:
     priority: int = 0
     order: int = 0  # place in the line of those that ever waited; given by the scheduler
     cache_namespace: str = ""
+    admitted_at: float = 0.0
+    matcher: Matcher | None = None
 
     @property
     def num_output(self) -> int:

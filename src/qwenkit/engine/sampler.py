@@ -71,13 +71,15 @@ def uniform(seed: int, index: int, place: int) -> float:
 
 
 def _adjust(row: torch.Tensor, sequence: Sequence) -> None:
-    """Bias, min_tokens and penalties, in place on row (vocab_size,)."""
+    """Bias, min_tokens, penalties and last the grammar, which none of them can undo, in place on row (vocab_size,)."""
     params, device = sequence.params, row.device
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=device)
         row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=device)
-    if sequence.num_output < params.min_tokens and sequence.stop_ids:
-        row[torch.tensor(sorted(sequence.stop_ids), device=device)] = -torch.inf
+    matcher = sequence.matcher
+    barred = sequence.stop_ids if sequence.num_output < params.min_tokens else frozenset()
+    if barred and matcher is None:
+        row[torch.tensor(sorted(barred), device=device)] = -torch.inf
     penalty = params.repetition_penalty or 1.0
     if penalty != 1.0:
         seen = torch.tensor(sequence.tokens, device=device).unique()
@@ -87,6 +89,8 @@ def _adjust(row: torch.Tensor, sequence: Sequence) -> None:
         ids = torch.tensor(list(sequence.output_counts), device=device)
         counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=device)
         row[ids] -= params.frequency_penalty * counts + params.presence_penalty
+    if matcher is not None:
+        row.masked_fill_(torch.from_numpy(~matcher.allowed(barred)).to(device), -torch.inf)
 
 
 def _draw(scaled: torch.Tensor, sequence: Sequence) -> int:
@@ -95,7 +99,8 @@ def _draw(scaled: torch.Tensor, sequence: Sequence) -> int:
     cumulative = probabilities.double().cumsum(-1)
     target = uniform(sequence.seed, sequence.index, sequence.num_output) * cumulative[-1]
     place = int(torch.searchsorted(cumulative, target, right=True))
-    place = min(place, probabilities.shape[0] - 1)
+    if place == probabilities.shape[0]:  # rounding; what follows the last possible token may be barred
+        place = int(probabilities.nonzero()[-1])
     return place if ids is None else int(ids[place])
 
 

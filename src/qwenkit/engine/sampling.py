@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from qwenkit.engine.config import option
+from qwenkit.engine.grammar import Grammar
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM
 
@@ -21,7 +22,7 @@ class SamplingParams:
     """Sampling and stopping of one request.
 
     The logits of a step go through: logit_bias, min_tokens (stop ids barred), repetition penalty (over prompt and output),
-    frequency and presence penalty (over output), temperature, top_k, top_p, min_p, and then the draw.
+    frequency and presence penalty (over output), the grammar's mask, temperature, top_k, top_p, min_p, and then the draw.
     Raises ValueError naming the field, what was given and what is allowed.
     """
 
@@ -45,6 +46,10 @@ class SamplingParams:
     )
     ignore_eos: bool = option(False, "go on after the model's end token")
     skip_special_tokens: bool = option(True, "leave control tokens out of the text")
+    grammar: Grammar | None = None  # what the answer must look like
+    grammar_after: int | None = (
+        None  # the token id after which the grammar holds (the end of thinking); None: from the start
+    )
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -63,7 +68,10 @@ class SamplingParams:
         _whole(self, "n", "a whole number of at least 1", lambda x: x >= 1)
         _whole(self, "logprobs", "a whole number of at least 0", lambda x: x >= 0)
         _whole(self, "prompt_logprobs", "a whole number of at least 0", lambda x: x >= 0)
+        _whole(self, "grammar_after", "a token id (a whole number from 0)", lambda x: x >= 0)
         _whole(self, "seed", "a whole number below 2**63 in size", lambda x: abs(x) < 2**63)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ValueError(f"grammar is {self.grammar!r}, allowed is a Grammar")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}, allowed is at most max_tokens ({self.max_tokens})")
         if not all(isinstance(text, str) and text for text in self.stop):

@@ -21,7 +21,8 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary) -> None:
         added = vocabulary.added
         self._engine = vocabulary.engine
-        self._added_ids = {token.content: token.id for token in added}
+        self.added_tokens = {token.content: token.id for token in added}
+        """Tokens found in text before any merging, control tokens included, text -> id."""
         self.special_tokens = {token.content: token.id for token in added if token.special}
         """Control tokens (those a tokenizer.json marks "special"), text -> id."""
         self._special_ids = frozenset(self.special_tokens.values())
@@ -29,7 +30,9 @@ class Tokenizer:
         known = dict(vocabulary.ordinary) | {token.id: token.content.encode("utf-8", "replace") for token in added}
         self.vocab_size = len(known)
         """Number of known ids, added tokens included; a model's embedding may have more rows (padding)."""
-        self._bytes = [known.get(id, b"") for id in range(max(known, default=-1) + 1)]
+        self.num_ids = max(known, default=-1) + 1
+        """One more than the highest known id."""
+        self._bytes = [known.get(id, b"") for id in range(self.num_ids)]
 
         self._control = AddedTokenMatcher(token for token in added if token.special)
         # Two passes, before and after normalisation, as a tokenizer.json's "normalized" flags ask for.
@@ -86,6 +89,10 @@ class Tokenizer:
                     ids.extend([part] if isinstance(part, int) else self._engine.encode(part))
         return ids
 
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of `text` in which every added token is spelled out, <think> and <tool_call> too."""
+        return self._engine.encode(_well_formed(text))
+
     def split_control(self, text: str) -> Iterator[str | int]:
         """Cut `text` at the control tokens written in it: stretches of plain text, and control ids, in order."""
         return self._control.split(text)
@@ -104,7 +111,7 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of the added token, or else of the ordinary token, that reads exactly `token`; None without one."""
-        added = self._added_ids.get(token)
+        added = self.added_tokens.get(token)
         return self._ordinary_ids.get(token.encode("utf-8", "replace")) if added is None else added
 
     def is_special(self, id: int) -> bool:

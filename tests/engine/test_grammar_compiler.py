@@ -1,0 +1,192 @@
+"""Grammars compiled on trial: verdicts, limits, and processes that end when they should."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwenkit.engine.grammar import Grammar
+from qwenkit.engine.grammar_compiler import GrammarCompiler
+from qwenkit.engine.matcher import Grammars
+from qwenkit.text.tokenizer import Tokenizer
+from tests.tiny_models import VOCAB_SIZE
+
+GOOD = Grammar("regex", "[a-z]+")
+BOMB = Grammar("json_schema", '{"type": "integer", "multipleOf": 999983}')  # ten seconds and hundreds of megabytes
+
+
+@pytest.fixture
+def compiler(tokenizer: Tokenizer) -> Iterator[GrammarCompiler]:
+    compiler = GrammarCompiler(tokenizer, timeout=0.7)
+    compiler.start()
+    yield compiler
+    compiler.close()
+
+
+def children() -> set[int]:
+    """Processes of this one, those that ended and were not waited for included."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        found |= set(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def test_verdicts(compiler: GrammarCompiler) -> None:
+    compiler.check(GOOD)
+    compiler.check(Grammar("json_object"))
+    compiler.check(Grammar("choice", '["<|im_end|>", "b"]'))
+    compiler.check(Grammar("lark", 'start: <|im_start|> "a"'))
+    for _ in range(2):  # the second time from memory
+        with pytest.raises(ValueError, match="keyword not, which is not supported"):
+            compiler.check(Grammar("json_schema", '{"not": {}}'))
+    with pytest.raises(ValueError, match="unclosed group"):
+        compiler.check(Grammar("regex", "("))
+    compiler.check(GOOD)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts processes by /proc")
+def test_a_bomb_is_stopped_in_time_and_leaves_nothing(tokenizer: Tokenizer) -> None:
+    before = children()
+    compiler = GrammarCompiler(tokenizer, timeout=0.7)
+    compiler.check(GOOD)
+    (worker,) = children() - before
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"longer to compile than the 0\.7 seconds allowed"):
+        compiler.check(BOMB)
+    assert time.monotonic() - started < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+    compiler.check(Grammar("regex", "[0-9]+"))
+    assert len(children() - before) == 1
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="seconds allowed"):
+        compiler.check(BOMB)
+    assert time.monotonic() - started < 0.2, "a verdict is remembered, a bomb costs its time once"
+    compiler.close()
+    compiler.close()
+    assert children() == before
+    with pytest.raises(ValueError, match="the compiler is closed"):
+        compiler.check(Grammar("regex", "x"))
+
+
+def test_memory_is_limited(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer, timeout=20.0, max_memory=32 << 20)
+    try:
+        with pytest.raises(ValueError, match="needs more memory to compile than the 32 MiB allowed"):
+            compiler.check(BOMB)
+        compiler.check(GOOD)
+    finally:
+        compiler.close()
+
+
+def test_a_compiled_grammar_may_not_be_large(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer, timeout=20.0, max_memory=96 << 20)
+    try:
+        with pytest.raises(ValueError, match=r"takes \d+ MiB of memory once compiled, allowed are at most 24 MiB"):
+            compiler.check(Grammar("json_schema", '{"type": "integer", "multipleOf": 99991}'))
+    finally:
+        compiler.close()
+
+
+def test_the_source_is_limited(compiler: GrammarCompiler) -> None:
+    with pytest.raises(ValueError, match="grammar is 65537 bytes long, allowed are at most 65536"):
+        compiler.check(Grammar("regex", "a" * 65_537))
+    with pytest.raises(ValueError, match="65538 bytes long"):
+        compiler.check(Grammar("regex", "\u00e9" * 32_769))
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("regex", "(" * 30_000 + ")" * 30_000),
+        Grammar("lark", "start: " + "(" * 30_000 + '"a"' + ")" * 30_000),
+        Grammar("lark", "start: %json " + '{"items":' * 7_000 + "{}" + "}" * 7_000),
+        Grammar("lark", "start: %json " + "[" * 60_000),
+    ],
+    ids=["regex", "lark", "schema", "json"],
+)
+def test_deep_nesting_is_refused_and_the_next_grammar_works(compiler: GrammarCompiler, grammar: Grammar) -> None:
+    with pytest.raises(ValueError, match=r"^grammar"):
+        compiler.check(grammar)
+    compiler.check(GOOD)
+
+
+def test_a_worker_that_died_is_replaced(compiler: GrammarCompiler) -> None:
+    assert compiler._process is not None
+    compiler._process.kill()
+    compiler.check(GOOD)
+
+
+def test_many_threads_get_their_own_verdicts(compiler: GrammarCompiler) -> None:
+    verdicts: dict[int, str | None] = {}
+
+    def check(place: int) -> None:
+        try:
+            compiler.check(Grammar("regex", f"a{{{place}}}" + "(" * (place % 2)))
+            verdicts[place] = None
+        except ValueError as error:
+            verdicts[place] = str(error)
+
+    threads = [threading.Thread(target=check, args=(place,)) for place in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [place for place in range(12) if verdicts[place] is None] == [0, 2, 4, 6, 8, 10]
+
+
+def test_waiting_has_an_end(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer, timeout=2.0, max_wait=0.2)
+    compiler.start()
+    bomb = threading.Thread(target=pytest.raises, args=(ValueError, compiler.check, BOMB))
+    bomb.start()
+    try:
+        while not compiler._lock.locked():
+            time.sleep(0.01)
+        with pytest.raises(ValueError, match=r"waited 0\.2 seconds for others to be compiled"):
+            compiler.check(GOOD)
+    finally:
+        bomb.join()
+        compiler.close()
+
+
+def test_what_passed_is_compiled_for_the_engine(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, VOCAB_SIZE)
+    compiler = GrammarCompiler(tokenizer, grammars=grammars)
+    try:
+        compiler.check(GOOD)
+        with pytest.raises(ValueError, match="unclosed"):
+            compiler.check(Grammar("regex", "("))
+    finally:
+        compiler.close()
+    assert list(grammars._compiled) == [GOOD]
+
+
+def test_the_worker_is_light_and_knows_no_secrets(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys, qwenkit.engine.grammar_worker; sys.exit(bool({'torch', 'numpy', 'tokenizers'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setenv("QWENKIT_API_KEY", "secret")
+    compiler = GrammarCompiler(tokenizer)
+    try:
+        compiler.start()
+        assert compiler._process is not None
+        environment = Path(f"/proc/{compiler._process.pid}/environ")
+        if environment.exists():
+            assert b"secret" not in environment.read_bytes()
+    finally:
+        compiler.close()
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qwenkit.engine.grammar_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.communicate(b"", timeout=20)
+    assert process.returncode == 0
