@@ -36,6 +36,8 @@ def test_elementwise_ops(rows: int, dim: int, seed: int) -> None:
     for name, arguments in (("rms_norm", (a, weight, 1e-5)), ("silu_mul", (a, b)), ("add", (a, b))):
         expected = getattr(reference, name)(*arguments)
         torch.testing.assert_close(native_result(name, *arguments), expected, atol=2e-6, rtol=2e-6)
+    both = native_result("add_rms_norm", a, b, weight, 1e-5)
+    torch.testing.assert_close(both, reference.add_rms_norm(a, b, weight, 1e-5), atol=2e-6, rtol=2e-6)
 
 
 @relaxed

@@ -23,7 +23,7 @@ from qwenkit.ops.cpu.native import NativeOps
 
 # Torch calls that a replay need not repeat: they make memory, or look at the same memory again.
 _MAKES_MEMORY = {"empty", "empty_like"}
-_MAKES_VIEWS = {"to", "view", "unflatten", "flatten", "unsqueeze", "select", "unbind"}
+_MAKES_VIEWS = {"to", "view", "unflatten", "flatten", "unsqueeze", "select", "unbind", "as_strided"}
 
 
 class _NotRecordableError(Exception):

@@ -17,6 +17,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + y, and what forward makes of it."""
+        return ops.add_rms_norm(x, y, self.weight, self.eps)
+
 
 class MLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:

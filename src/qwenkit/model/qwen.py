@@ -30,8 +30,8 @@ class Block(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, positions: Positions, ctx: Context) -> torch.Tensor:
-        x = ops.add(x, self.self_attn(self.input_layernorm(x), positions, ctx))
-        return ops.add(x, self.mlp(self.post_attention_layernorm(x)))
+        x, normed = self.post_attention_layernorm.add(x, self.self_attn(self.input_layernorm(x), positions, ctx))
+        return ops.add(x, self.mlp(normed))
 
 
 class Trunk(nn.Module):

@@ -6,6 +6,7 @@ Callers write `ops.rms_norm(...)`; dispatch.py decides what runs, reference.py s
 from qwenkit.ops.dispatch import (
     IMPLEMENTATIONS,
     add,
+    add_rms_norm,
     embedding,
     implementations,
     native,
@@ -23,6 +24,7 @@ from qwenkit.ops.reference import attention, packed_attention
 __all__ = [
     "IMPLEMENTATIONS",
     "add",
+    "add_rms_norm",
     "attention",
     "embedding",
     "implementations",

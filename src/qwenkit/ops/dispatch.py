@@ -18,7 +18,17 @@ from qwenkit.ops.cpu.program import Executor
 from qwenkit.ops.packed import PackedWeight
 
 IMPLEMENTATIONS = ("auto", "reference", "avx2", "avx512")
-NATIVE = ("rms_norm", "silu_mul", "add", "rotate", "write_cache", "paged_attention", "packed_linear", "embedding")
+NATIVE = (
+    "rms_norm",
+    "add_rms_norm",
+    "silu_mul",
+    "add",
+    "rotate",
+    "write_cache",
+    "paged_attention",
+    "packed_linear",
+    "embedding",
+)
 REFERENCE_ONLY = ("attention", "packed_attention")
 
 
@@ -82,6 +92,13 @@ def _native_for(*tensors: torch.Tensor) -> NativeOps | None:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     chosen = _native_for(x, weight)
     return reference.rms_norm(x, weight, eps) if chosen is None else chosen.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen = _native_for(x, y, weight)
+    return reference.add_rms_norm(x, y, weight, eps) if chosen is None else chosen.add_rms_norm(x, y, weight, eps)
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * wide.to(x.dtype)
 
 
+def add_rms_norm(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + y, and its rms_norm: a residual connection with the normalisation that reads it."""
+    total = x + y
+    return total, rms_norm(total, weight, eps)
+
+
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, the inner product of a SwiGLU MLP (arXiv 2002.05202)."""
     return F.silu(gate) * up

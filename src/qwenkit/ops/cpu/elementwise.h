@@ -17,7 +17,8 @@ inline Share share_of(int64_t items, int64_t grain, int thread, int threads) {
   return {first < items ? first : items, last < items ? last : items};
 }
 
-// p: y, x, weight; n: rows, dim; x: eps. y = weight * x / rms(x)
+// p: y, x, weight, added, total; n: rows, dim; x: eps. y = weight * x / rms(x); where `added` is given, total = x + added takes the
+// place of x.
 void rms_norm(const Op& op, int thread, int threads) {
   const float *weight = (const float*)op.p[2], eps = (float)op.x;
   const int64_t dim = op.n[1];
@@ -25,8 +26,16 @@ void rms_norm(const Op& op, int thread, int threads) {
   for (int64_t row = rows.first; row < rows.last; row++) {
     const float* x = (const float*)op.p[1] + row * dim;
     float* y = (float*)op.p[0] + row * dim;
-    F16 squares = f_zero();
     int64_t k = 0;
+    if (op.p[3]) {
+      const float* added = (const float*)op.p[3] + row * dim;
+      float* total = (float*)op.p[4] + row * dim;
+      for (; k + 16 <= dim; k += 16) f_store(total + k, f_add(f_load(x + k), f_load(added + k)));
+      for (; k < dim; k++) total[k] = x[k] + added[k];
+      x = total;
+      k = 0;
+    }
+    F16 squares = f_zero();
     for (; k + 16 <= dim; k += 16) squares = f_fma(f_load(x + k), f_load(x + k), squares);
     float sum = f_sum(squares);
     for (; k < dim; k++) sum += x[k] * x[k];

@@ -70,10 +70,8 @@ inline void packed_tile(const Packed& w, int64_t block, const Quantized& a, int6
     for (int t = 0; t < MT; t++) sum[0][t] = sum[1][t] = i_set1(0);
     for (int64_t bytes = 0; bytes < group_bytes; bytes += 64, x += 32 / BITS) {
       const I16 a0 = i_load(w0 + bytes), a1 = i_load(w1 + bytes);
-      if (MT == 1) {
-        __builtin_prefetch(w0 + bytes + 2048);
-        __builtin_prefetch(w1 + bytes + 2048);
-      }
+      __builtin_prefetch(w0 + bytes + 2048);
+      __builtin_prefetch(w1 + bytes + 2048);
       const I16 l0 = BITS == 4 ? i_low_nibbles(a0) : a0, l1 = BITS == 4 ? i_low_nibbles(a1) : a1;
       QK_UNROLL
       for (int t = 0; t < MT; t++) {
@@ -182,10 +180,8 @@ inline void bf16_tile(const uint8_t* q, int64_t rows, int64_t cols, int64_t bloc
   for (int t = 0; t < MT; t++) total[0][t] = total[1][t] = f_zero();
   for (int64_t k = 0; k < cols; k += 2) {
     const I16 a0 = i_load(w0 + k * 32), a1 = i_load(w1 + k * 32);
-    if (MT == 1) {
-      __builtin_prefetch(w0 + k * 32 + 2048);
-      __builtin_prefetch(w1 + k * 32 + 2048);
-    }
+    __builtin_prefetch(w0 + k * 32 + 2048);
+    __builtin_prefetch(w1 + k * 32 + 2048);
     const F16 e0 = f_even_bf16(a0), e1 = f_even_bf16(a1), o0 = f_odd_bf16(a0), o1 = f_odd_bf16(a1);
     QK_UNROLL
     for (int t = 0; t < MT; t++) {

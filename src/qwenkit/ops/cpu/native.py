@@ -6,6 +6,8 @@ operation (packed linears: two, since activations are quantized first).
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 
 from qwenkit.ops.cache import KVCache
@@ -19,35 +21,48 @@ MAX_HEAD_DIM, MAX_GROUP = 256, 128  # cache.h: MAX_DIM; attention.h: heads that 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
+Quantized: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 class NativeOps:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
+        self._last_quantized: tuple[tuple[object, ...], torch.Tensor, Quantized] | None = None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y = torch.empty_like(x)
+        y = self.executor.empty(*x.shape)
         dim = x.shape[-1]
-        self.executor.submit(Kind.RMS_NORM, (y, x, weight), (x.numel() // dim, dim), writes=(y,), x=eps)
+        self.executor.submit(Kind.RMS_NORM, (y, x, weight, None, None), (x.numel() // dim, dim), writes=(y,), x=eps)
         return y
 
+    def add_rms_norm(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, normed = self.executor.empty(*x.shape), self.executor.empty(*x.shape)
+        dim = x.shape[-1]
+        pointers = (normed, x, weight, y, total)
+        self.executor.submit(Kind.RMS_NORM, pointers, (x.numel() // dim, dim), writes=(normed, total), x=eps)
+        return total, normed
+
     def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        y = torch.empty_like(gate)
+        y = self.executor.empty(*gate.shape)
         self.executor.submit(Kind.SILU_MUL, (y, gate, up), (gate.numel(),), writes=(y,))
         return y
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        y = torch.empty_like(a)
+        y = self.executor.empty(*a.shape)
         self.executor.submit(Kind.ADD, (y, a, b), (a.numel(),), writes=(y,))
         return y
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        y = torch.empty_like(x)
+        y = self.executor.empty(*x.shape)
         tokens, heads, dim = x.shape
         numbers = (tokens, heads, dim, cos.shape[-1], heads * dim, heads * dim)
         self.executor.submit(Kind.ROTATE, (y, x, cos, sin), numbers, writes=(y,))
         return y
 
     def embedding(self, ids: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-        y = torch.empty(ids.shape[0], weight.cols)
+        y = self.executor.empty(ids.shape[0], weight.cols)
         numbers = (ids.shape[0], weight.rows, weight.cols, weight.group, weight.bits)
         pointers = (y, weight.q, weight.scale, weight.offset, weight.row_scale, ids)
         self.executor.submit(Kind.EMBED, pointers, numbers, writes=(y,))
@@ -56,7 +71,7 @@ class NativeOps:
     def packed_linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
         """`bias`, where there is one, is padded to the weight's padded rows."""
         tokens = x.shape[0]
-        y = torch.empty(tokens, weight.rows)
+        y = self.executor.empty(tokens, weight.rows)
         numbers = (tokens, weight.rows, weight.cols, weight.group, weight.bits)
         if weight.bits == 16:
             pointers = (y, weight.q, None, None, None, x, None, None, bias)
@@ -68,22 +83,21 @@ class NativeOps:
         self.executor.submit(Kind.LINEAR, (y, *weights, q, scale, total, bias), (*numbers, pairs), writes=(y,))
         return y
 
-    def _quantized(self, x: torch.Tensor, group: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """int8 activations with a scale and a sum for each group; shared by all linears of a recording that read x.
+    def _quantized(self, x: torch.Tensor, group: int, pairs: int) -> Quantized:
+        """int8 activations with a scale and a sum for each group; shared by linears that read the same x one after the other.
 
         With `pairs` two rows a token, which together hold 16 bits.
         """
-        recording = self.executor.recording
-        key = (x.data_ptr(), x.shape, group, pairs)
-        if recording is not None and key in recording.quantized:
-            return recording.quantized[key]
+        # Inference tensors do not count their changes; those that the model gives are results of ops, which nothing changes.
+        key = (id(self.executor.recording), group, pairs, None if x.is_inference() else x._version)
+        if self._last_quantized is not None and self._last_quantized[1] is x and self._last_quantized[0] == key:
+            return self._last_quantized[2]
         tokens, dim = x.shape
         rows = tokens * (1 + pairs)
-        q = torch.empty(rows, dim, dtype=torch.int8)
-        scale, total = torch.empty(2, rows, dim // group).unbind()
+        q = self.executor.empty(rows, dim, dtype=torch.int8)
+        scale, total = self.executor.empty(rows, dim // group), self.executor.empty(rows, dim // group)
         self.executor.submit(Kind.QUANTIZE, (q, scale, total, x), (tokens, dim, group, pairs), writes=(q, scale, total))
-        if recording is not None:
-            recording.quantized[key] = q, scale, total
+        self._last_quantized = key, x, (q, scale, total)
         return q, scale, total
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> None:
@@ -101,7 +115,7 @@ class NativeOps:
         block_tables: torch.Tensor,
         window: int | None,
     ) -> torch.Tensor:
-        out = torch.empty_like(q)
+        out = self.executor.empty(*q.shape)
         rows, max_blocks = block_tables.shape
         dim = cache.head_dim
         numbers = (rows, q.shape[1], cache.heads, dim, cache.block_size, max_blocks, window or 0, cache.pack)

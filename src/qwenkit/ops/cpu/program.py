@@ -1,7 +1,8 @@
 """Operations as data. Eager: an operation is run at once. While recording: it is run and also kept, to be replayed.
 
-In: kernels' arguments as torch tensors and numbers. Out: `Op` structures for the library. A recorded `Program` holds on to every
-tensor that it names, so its addresses stay valid; whoever replays it writes new inputs into the same tensors.
+In: kernels' arguments as torch tensors and numbers. Out: `Op` structures for the library. What a recorded `Program` names stays
+valid: it holds on to its inputs, and results lie in buffers that are never given back. Whoever replays it writes new inputs into
+the same tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from enum import IntEnum
 
 import torch
 
+from qwenkit.ops.cpu.buffers import Buffers
 from qwenkit.ops.cpu.library import Library, Op
 
 
@@ -38,11 +40,12 @@ class Program:
         self._tensors: list[torch.Tensor] = []
         self._read: set[int] = set()
         self._written: set[int] = set()
-        self.quantized: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
-    def append(self, op: Op, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
-        """Add an operation. Threads must meet before it if it touches what one since the last meeting has written,
-        or writes what one has read.
+    def append(
+        self, op: Op, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], hold: Sequence[torch.Tensor]
+    ) -> None:
+        """Add an operation, and hold on to tensors. Threads must meet before it if it touches what one since the last meeting
+        has written, or writes what one has read.
         """
         read = {tensor.untyped_storage().data_ptr() for tensor in reads}
         written = {tensor.untyped_storage().data_ptr() for tensor in writes}
@@ -52,7 +55,7 @@ class Program:
         self._read |= read
         self._written |= written
         self._ops.append(op)
-        self._tensors += (*reads, *writes)
+        self._tensors += hold
 
     def finish(self, library: Library) -> Replay:
         return Replay(library, self._ops, self._tensors)
@@ -76,6 +79,14 @@ class Executor:
     def __init__(self, library: Library) -> None:
         self.library = library
         self.recording: Program | None = None
+        # Recorded programs run one after the other and may share their buffers; but a replay writes to its own whenever it likes,
+        # so results of single ops, which somebody may hold, lie elsewhere.
+        self._buffers, self._recorded_buffers = Buffers(keep=False), Buffers(keep=True)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Memory for a result."""
+        buffers = self._buffers if self.recording is None else self._recorded_buffers
+        return buffers.empty(*shape, dtype=dtype)
 
     def submit(
         self,
@@ -96,7 +107,8 @@ class Executor:
         if self.recording is not None:
             targets = {id(tensor) for tensor in writes}
             reads = [tensor for tensor in pointers if tensor is not None and id(tensor) not in targets]
-            self.recording.append(op, reads, writes)
+            hold = [tensor for tensor in (*reads, *writes) if not self._recorded_buffers.owns(tensor)]
+            self.recording.append(op, reads, writes, hold)
 
     @contextmanager
     def record(self) -> Iterator[Program]:
