@@ -7,6 +7,7 @@ from typing import Any
 
 import anthropic
 import httpx
+import pydantic
 import pytest
 
 from qwenkit.text.chat import JinjaChat
@@ -303,3 +304,20 @@ def test_numbers_and_characters_that_json_has_and_others_do_not(live_server: Sta
     answer = live.post("/v1/messages", HELLO | {"tools": TOOLS})
     assert answer.status_code == 200
     assert answer.json()["content"][0]["input"] == {"a": 123456789012345678901234567890, "b": "\ud800"}
+
+
+def test_structured_output(live_server: StartServer) -> None:
+    class Answer(pydantic.BaseModel):
+        value: int
+
+    live = live_server(['{"value": 4}'])
+    message = client(live).messages.parse(**HELLO, output_format=Answer)
+    assert message.parsed_output == Answer(value=4)
+    grammar = live.engine.asked[0].params.grammar
+    assert grammar is not None
+    assert "value" in grammar.source
+
+
+def test_the_path_that_beta_clients_take(live_server: StartServer) -> None:
+    message = client(live_server(["Hello!"])).beta.messages.create(**HELLO)
+    assert message.stop_reason == "end_turn"

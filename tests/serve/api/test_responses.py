@@ -256,3 +256,13 @@ def test_what_is_repeated_may_be_more_than_fast_json_can_say(live_server: StartS
     answer = live_server().post("/v1/responses", HELLO | {"tools": [tool], "stream": False})
     assert answer.status_code == 200
     assert answer.json()["tools"][0]["parameters"]["maximum"] == 10**30
+
+
+def test_a_request_nested_beyond_what_can_be_written(live_server: StartServer) -> None:
+    live = live_server()
+    for depth in (200, 400, 900, 960, 980, 1000, 5000):
+        nested = '{"a":' * depth + "1" + "}" * depth
+        tool = '{"type": "function", "name": "f", "parameters": ' + nested + "}"
+        body = '{"input": "hi", "tool_choice": "none", "tools": [' + tool + "]}"
+        answer = httpx.post(live.url + "/v1/responses", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in (200, 400)

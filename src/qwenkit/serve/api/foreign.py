@@ -23,6 +23,7 @@ from qwenkit.serve.server import Server
 from qwenkit.text.answer import AnswerEvent
 
 R = TypeVar("R")
+Events = list[dict[str, Any]]
 
 
 def chat_request(chat_fields: Callable[[R], dict[str, Any]], body: R) -> ChatRequest:
@@ -74,17 +75,23 @@ def named_event(event: Mapping[str, Any]) -> bytes:
 
 
 def as_json(value: Any) -> bytes:
-    """`value` as JSON, also with what orjson has no words for: whole numbers of more than 64 bits, half a surrogate pair."""
+    """`value` as JSON, also with what orjson has no words for: whole numbers of more than 64 bits, half a surrogate pair.
+
+    Raises ApiError 400 for what is nested so deeply that Python cannot write it.
+    """
     try:
-        return orjson.dumps(value)
-    except TypeError:
-        plain = json.loads(json.dumps(value), parse_constant=lambda name: None)  # NaN is null, as it is to orjson
-        return json.dumps(plain).encode()
+        try:
+            return orjson.dumps(value)
+        except TypeError:
+            plain = json.loads(json.dumps(value), parse_constant=lambda name: None)  # NaN is null, as it is to orjson
+            return json.dumps(plain).encode()
+    except RecursionError:
+        raise ApiError(400, "the request is nested too deeply", code="invalid_value") from None
 
 
-async def with_first(first: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """A stream whose first chunk was taken from it to see whether the request is accepted at all."""
+async def on_the_wire(first: Events, rest: AsyncIterator[Events]) -> AsyncGenerator[bytes, None]:
+    """Steps as bytes. `first` was taken from them to see whether the request is accepted at all."""
     async with aclosing(rest):  # type: ignore[type-var]
-        yield first
-        async for chunk in rest:
-            yield chunk
+        yield b"".join(map(named_event, first))
+        async for step in rest:
+            yield b"".join(map(named_event, step))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from qwenkit.serve.api.conversation import plain_messages, tool_use
-from qwenkit.serve.api.foreign import answer, as_json, chat_request, in_words_of, named_event, with_first
+from qwenkit.serve.api.foreign import Events, answer, as_json, chat_request, in_words_of, named_event, on_the_wire
 from qwenkit.serve.api.messages_events import MessageWriter
 from qwenkit.serve.api.messages_protocol import CountTokensRequest, MessagesRequest, chat_fields
 from qwenkit.serve.api.prepare import Prepared, off_loop, prepare, render, template_variables
@@ -35,10 +35,10 @@ async def create_message(
     with in_words_of(_NAMES):
         prepared = await prepare(server, request, http, clip=True)
     writer = MessageWriter(prepared.model, body.stop_sequences or ())
-    chunks = _events(server, prepared, http, writer)
+    steps = _steps(server, prepared, http, writer)
     if body.stream:
-        return EventStream(with_first(await anext(chunks), chunks), _error_event)
-    async for _ in chunks:
+        return EventStream(on_the_wire(await anext(steps), steps), _error_event)
+    async for _ in steps:
         pass
     return _json(writer.message())
 
@@ -65,13 +65,13 @@ def _prompt_ids(server: Server, request: ChatRequest) -> list[int]:
     )
 
 
-async def _events(
+async def _steps(
     server: Server, prepared: Prepared, http: Request, writer: MessageWriter
-) -> AsyncGenerator[bytes, None]:
-    """The message's events on the wire; writes the message on the way. The first comes when the engine's first token does."""
+) -> AsyncGenerator[Events, None]:
+    """The events that each step of the engine makes due; the message is written on the way."""
     started = False
     async for found, delta, usage in answer(server, prepared, http):
-        out: list[dict[str, Any]] = []
+        out: Events = []
         if not started:
             started = True
             out += writer.start(usage)
@@ -79,7 +79,7 @@ async def _events(
         if delta.finish_reason is not None:
             out += writer.finish(delta.finish_reason, delta.stop_reason, usage)
         if out:
-            yield b"".join(map(named_event, out))
+            yield out
 
 
 def _error_event(error: ApiError) -> bytes:
