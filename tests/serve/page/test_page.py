@@ -295,3 +295,23 @@ def test_a_window_without_storage_still_talks(site: Site, visit: VisitPage) -> N
     expect(page.locator("#notice")).to_contain_text("keeps no data")
     send(page, "Hello")
     expect(page.locator(".md")).to_have_text("And so on.")
+
+
+def test_two_tabs_do_not_overwrite_each_other(site: Site, visit: VisitPage) -> None:
+    first = visit()
+    send(first, "From the first")
+    finished(first)
+    second = first.context.new_page()
+    second.goto(site.url)
+    expect(second.locator(".bubble")).to_have_text(["From the first"])
+    send(second, "From the second")
+    finished(second)
+    expect(first.locator(".bubble")).to_have_text(["From the first", "From the second"])
+    send(first, "And again")
+    finished(first)
+    assert [text for role, text in sent(site) if role == "user"] == ["From the first", "From the second", "And again"]
+    expect(second.locator(".bubble")).to_have_count(3)
+    second.get_by_role("button", name="Delete: From the first").click()
+    second.locator("#ask-yes").click()
+    expect(first.locator(".bubble")).to_have_count(0)
+    assert first.locator("#list .open").count() == 0

@@ -2,6 +2,7 @@
 
 const state = { conversations: [], current: null, models: [], running: new Map() }; // running: conversation id -> {node, controller}
 
+const tabs = window.BroadcastChannel ? new BroadcastChannel("qwenkit") : null;
 const MAX_SAID = 2000; // characters of an answer that are read out without being asked for
 
 const act = {
@@ -125,14 +126,37 @@ async function deleteConversation(conversation) {
   state.running.delete(conversation.id);
   state.conversations = state.conversations.filter((other) => other !== conversation);
   await Store.remove(conversation.id);
+  tabs?.postMessage("changed");
   if (conversation !== state.current) return showList();
   if (state.conversations.length) openConversation(state.conversations[0]);
   else startConversation();
 }
 
-// Keeps a conversation once something was said in it, unless it was deleted meanwhile.
-function save(conversation) {
-  if (conversation.nodes.length && state.conversations.includes(conversation)) Store.put(conversation).catch(() => notice(t("noStorage")));
+// Keeps a conversation once something was said in it, unless it was deleted meanwhile. Other tabs hear of it, but for the parts of
+// an answer that is still coming.
+async function save(conversation) {
+  if (!conversation.nodes.length || !state.conversations.includes(conversation)) return;
+  try {
+    await Store.put(conversation);
+    if (!state.running.has(conversation.id)) tabs?.postMessage("changed");
+  } catch {
+    notice(t("noStorage"));
+  }
+}
+
+// What another tab changed is read anew, so that no tab writes an old conversation over a newer one.
+async function readAnew() {
+  const kept = new Map(((await Store.all().catch(() => [])) ?? []).map((one) => [one.id, one]));
+  for (const one of state.conversations) {
+    const same = JSON.stringify(one) === JSON.stringify(kept.get(one.id));
+    if (same || state.running.has(one.id) || !one.nodes.length) kept.set(one.id, one); // the views hold on to these objects
+  }
+  state.conversations = [...kept.values()];
+  const current = kept.get(state.current.id);
+  if (current === state.current) return showList();
+  if (!current) return startConversation();
+  state.current = current;
+  showConversation();
 }
 
 function notice(text) {
@@ -261,6 +285,7 @@ async function importFile(file) {
 function wire() {
   for (const button of document.querySelectorAll("[data-icon]")) button.append(icon(button.dataset.icon));
   wireDialogs();
+  if (tabs) tabs.onmessage = readAnew;
   watchScroll();
   $("new").onclick = startConversation;
   $("send").onclick = () => (state.running.has(state.current.id) ? stop() : send());
