@@ -1,6 +1,7 @@
 """`qwenkit generate` with a scripted model: the lines it takes, the lines it writes, and going on after an interruption."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qwenkit.cli.main import cli
 from qwenkit.engine.request import Completion, RequestOutput, TokenLogprob
 from qwenkit.engine.sampling import SamplingParams
 from tests.cli.conftest import FakeLLM
+from tests.tiny_models import write_model
 
 REQUESTS: list[dict[str, Any]] = [
     {"prompt": f"question number {number} of many", "id": f"q{number}", "seed": number} for number in range(11)
@@ -268,3 +270,29 @@ def test_logprobs_are_written_as_objects() -> None:
         "completion_tokens": 1,
         "prompt_logprobs": [None, written],
     }
+
+
+def test_a_line_may_say_what_its_answer_looks_like(runner: CliRunner, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    grammars: list[dict[str, Any]] = [
+        {"kind": "choice", "source": ["yes", "no"]},
+        {"kind": "json_schema", "source": {"enum": [3, None]}},
+        {"kind": "regex", "source": "[0-9]{3}"},
+    ]
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.write_text("".join(json.dumps({"prompt": "a", "grammar": grammar}) + "\n" for grammar in grammars))
+    args = ["generate", str(model), "--input", str(source), "--output", str(target), "--max-model-len", "64"]
+    result = runner.invoke(cli, args)
+    assert result.exit_code == 0, result.output
+    texts = [answer["text"] for answer in read(target)]
+    assert texts[0] in ("yes", "no")
+    assert texts[1] in ("3", "null")
+    assert re.fullmatch("[0-9]{3}", texts[2])
+    for wrong, said in (
+        ({"kind": "xml"}, "line 2: grammar has the kind 'xml'"),
+        ({"kind": "regex", "source": "("}, "line 2: grammar has a pattern that is not valid: unclosed group"),
+        ("json", "line 2: grammar is an object such as"),
+    ):
+        source.write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "a", "grammar": wrong}) + "\n")
+        result = runner.invoke(cli, [*args, "--overwrite"])
+        assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
