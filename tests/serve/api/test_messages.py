@@ -1,6 +1,7 @@
 """/v1/messages with Anthropic's own client, against a server whose engine says what the test wrote."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -224,37 +225,33 @@ def test_counting_tokens(live_server: StartServer, hermes: JinjaChat) -> None:
     assert len(live.engine.asked) == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        ({"max_tokens": 0}, anthropic.BadRequestError, "max_tokens"),
-        ({"model": "gpt"}, anthropic.NotFoundError, "'gpt' is not served here"),
-        ({"messages": [{"role": "user", "content": "x" * 5000}]}, anthropic.BadRequestError, "context is 4096 tokens"),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}
-                ]
-            },
-            anthropic.BadRequestError,
-            "an image was given, but this model reads only text",
-        ),
-        ({"extra_body": {"top_a": 1}}, anthropic.BadRequestError, "unknown field: top_a"),
-        ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "tools is empty"),
-        ({"stop_sequences": [str(n) for n in range(99)]}, anthropic.BadRequestError, "stop_sequences: 99 is more than"),
-    ],
-)
-@pytest.mark.parametrize("stream", [False, True])
-def test_errors(live_server: StartServer, changes: Any, error: Any, words: str, stream: bool) -> None:
-    with pytest.raises(error, match=words) as caught:
-        client(live_server()).messages.create(**HELLO | changes, stream=stream)
-    body = caught.value.body
-    assert set(body) == {"type", "error", "request_id"}
-    assert body["type"] == "error"
-    assert set(body["error"]) == {"type", "message"}
-    expected = "not_found_error" if error is anthropic.NotFoundError else "invalid_request_error"
-    assert body["error"]["type"] == expected
-    assert body["request_id"] == caught.value.response.headers["request-id"]
+REFUSED: Any = [
+    ({"max_tokens": 0}, anthropic.BadRequestError, "max_tokens"),
+    ({"model": "gpt"}, anthropic.NotFoundError, "'gpt' is not served here"),
+    ({"messages": [{"role": "user", "content": "x" * 5000}]}, anthropic.BadRequestError, "context is 4096 tokens"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},
+        anthropic.BadRequestError,
+        "an image was given, but this model reads only text",
+    ),
+    ({"extra_body": {"top_a": 1}}, anthropic.BadRequestError, "unknown field: top_a"),
+    ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "tools is empty"),
+    ({"stop_sequences": [str(n) for n in range(99)]}, anthropic.BadRequestError, "stop_sequences: 99 is more than"),
+]
+
+
+def test_errors(live_server: StartServer) -> None:
+    live = live_server()
+    for (changes, error, words), stream in itertools.product(REFUSED, (False, True)):
+        with pytest.raises(error, match=words) as caught:
+            client(live).messages.create(**HELLO | changes, stream=stream)
+        body = caught.value.body
+        assert set(body) == {"type", "error", "request_id"}
+        assert body["type"] == "error"
+        assert set(body["error"]) == {"type", "message"}
+        expected = "not_found_error" if error is anthropic.NotFoundError else "invalid_request_error"
+        assert body["error"]["type"] == expected
+        assert body["request_id"] == caught.value.response.headers["request-id"]
 
 
 def test_keys_in_either_header_and_unknown_paths(live_server: StartServer) -> None:
