@@ -34,7 +34,7 @@ INSTRUCTION = (
     "Final Answer: the final answer to the original input question\n\n"
     "Begin!\n\nQuestion: "
 )
-TOOLS = [WEATHER, PLUGIN]
+TOOLS: list[Any] = [WEATHER, PLUGIN]
 ASK = {"role": "user", "content": "\nweather? "}
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 

@@ -45,6 +45,7 @@ def allowed(guide: Any, grammar: str, ids: list[int]) -> bool:
         ("required", False, f"{ADD}\n{NOW}", False),
         ("add", False, ADD, True),
         ("add", True, NOW, False),
+        ("required", True, f"\n\n{ADD}", True),
         ("required", True, "hello", False),
         ("required", True, "", False),
         ("required", True, ADD.replace("1", '"x"'), False),

@@ -282,7 +282,7 @@ class AnswerFormat:
         tags = self._grammar_tag(tool_calls.CALL), self._grammar_tag(tool_calls.CALL_END)
         grammar = tool_calls.hermes_grammar(schemas, parallel=parallel, tags=tags)
         if may_think and self.thinks:
-            thought = f"{self._grammar_tag(THINK)} THOUGHT {self._grammar_tag(THINK_END)} /\\n*/"
+            thought = f"{self._grammar_tag(THINK)} THOUGHT {self._grammar_tag(THINK_END)}"
             grammar = f"{grammar.replace('start: ', 'start: thought? ', 1)}thought: {thought}\nTHOUGHT: /(.|\\n)*/\n"
         return grammar
 

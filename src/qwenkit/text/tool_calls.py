@@ -153,7 +153,8 @@ def hermes_grammar(schemas: Mapping[str, str], *, parallel: bool, tags: tuple[st
     tags: the start and end tag, each as the grammar's own name for a token or as a quoted string.
     """
     rules = [
-        'start: call ("\\n" call)*' if parallel else "start: call",
+        # The breaks are what a model writes between a thought and what follows.
+        'start: /\\n{0,2}/ call ("\\n" call)*' if parallel else "start: /\\n{0,2}/ call",
         f'call: {tags[0]} "\\n" ({" | ".join(f"call_{index}" for index in range(len(schemas)))}) "\\n" {tags[1]}',
     ]
     for index, (name, schema) in enumerate(schemas.items()):
