@@ -154,6 +154,7 @@ class GrammarCompiler:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+            start_new_session=True,  # Ctrl-C is for the server, which still ends its requests
         )
         tokens = [base64.b64encode(token).decode() for token in self._vocabulary.tokens()]
         setup = {"tokens": tokens, "special_ids": self._vocabulary.special_ids(), "max_memory": self.max_memory}
