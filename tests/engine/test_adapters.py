@@ -1,11 +1,14 @@
 """Adapters in the engine: every row of a batch gets what it would get alone, and nothing of one adapter reaches another."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qwenkit import LLM, ops
 from qwenkit.engine.engine import Engine
@@ -190,13 +193,36 @@ def test_names(make: MakeAdapted, adapters: dict[str, Path], tmp_path: Path) -> 
     assert not engine.has_work
 
 
-def test_updates_that_cannot_be_chosen_by_row(make: MakeAdapted, make_engine: MakeEngine, tmp_path: Path) -> None:
+def test_updates_that_cannot_be_chosen_by_row(make: MakeAdapted, tmp_path: Path) -> None:
     save_adapter(tiny_pair("qwen2")[0], tmp_path, target_modules=["q_proj", "lm_head"])
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if "base_layer" not in name}, path)
     engine = make(names=())
     with pytest.raises(ValueError, match="has an update for lm_head, which cannot be chosen request by request"):
         engine.load_adapter("x", tmp_path)
     assert engine.adapters == ()
     assert not any(isinstance(module, AdaptedLinear) for module in engine.runner.model.modules())
+
+
+def test_experts_see_other_rows_than_the_stream_s(make_engine: MakeEngine, tmp_path: Path) -> None:
+    """What is beside them can be adapted, they cannot."""
+    reference, model = tiny_pair("qwen3_moe")
+    adapted = save_adapter(reference, tmp_path, target_modules=["q_proj", "o_proj"])
+    engine = make_engine(model, num_blocks=64)
+    engine.load_adapter("x", tmp_path)
+    (found,) = answers(engine, [PROMPTS[0]], ["x"])
+    tokens = list(PROMPTS[0])
+    with torch.no_grad():
+        for _ in range(LENGTH):
+            tokens.append(int(adapted(torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert found == tokens[len(PROMPTS[0]) :]
+    expert = "base_model.model.model.layers.1.mlp.experts.2.up_proj"
+    tensors = {f"{expert}.lora_A.weight": torch.ones(4, 32), f"{expert}.lora_B.weight": torch.ones(24, 4)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"target_modules": ["up_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has an update for model\.layers\.1\.mlp\.experts\.2\.up_proj, which cannot"):
+        engine.load_adapter("y", tmp_path)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "avx2", "avx512"])
