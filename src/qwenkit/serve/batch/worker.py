@@ -9,7 +9,6 @@ next start, because a line without a result is still to be done.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import sqlite3
@@ -18,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -116,8 +116,11 @@ class BatchWorker:
             except (OSError, sqlite3.Error):  # a full disk: what is running goes on, the rest waits
                 log.exception("batches stand still")
                 await asyncio.sleep(10 * TICK)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._bell.wait(), wait)
+            bell = asyncio.ensure_future(self._bell.wait())
+            try:  # not wait_for, which before Python 3.12 forgets a cancellation that comes with the bell
+                await asyncio.wait([bell], timeout=wait)
+            finally:
+                bell.cancel()
 
     async def _round(self) -> float:
         """Move every batch on that can be, and hand out lines. The seconds after which to look again."""
@@ -131,23 +134,23 @@ class BatchWorker:
                 if await self.call(self.store.expire, batch.seq):
                     self.wake()
             elif batch.status == "validating":
-                self._begin_job(batch, self._read(batch))
+                self._begin_job(batch, partial(self._read, batch))
             elif batch.status == "in_progress":
                 if self._serves(batch.owner):
                     self._feeds.setdefault(batch.seq, _Feed(batch))
             else:
-                self._begin_job(batch, self._write(batch, self._feeds.pop(batch.seq, None)))
+                self._begin_job(batch, partial(self._write, batch, self._feeds.pop(batch.seq, None)))
         return await self._hand_out()
 
-    def _begin_job(self, batch: BatchRow, job: Coroutine[Any, Any, None]) -> None:
+    def _begin_job(self, batch: BatchRow, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         async def logged() -> None:
             try:
-                await job
+                await job()
             except (OSError, sqlite3.Error):
                 log.exception("batch %s stands still", batch.id)
                 await asyncio.sleep(10 * TICK)
             finally:
-                del self._jobs[batch.seq]
+                self._jobs.pop(batch.seq, None)
                 self.wake()
 
         self._jobs[batch.seq] = asyncio.create_task(logged())
