@@ -19,11 +19,12 @@ from fastapi import FastAPI
 from qwenkit.serve.app import create_app
 from qwenkit.serve.config import ServeConfig
 from qwenkit.serve.driver import Driver
+from qwenkit.serve.limits import MinuteLimits
 from qwenkit.serve.metrics import Metrics
 from qwenkit.serve.server import Server
 from qwenkit.text.chat import ChatFormat, JinjaChat
 from qwenkit.text.tokenizer import Tokenizer
-from tests.serve.scripted import Scripts, ScriptedEngine
+from tests.serve.scripted import ScriptedEngine, Scripts
 from tests.tiny_models import CHAT_TEMPLATE, write_tokenizer
 
 MODEL = "tiny"
@@ -83,6 +84,8 @@ def make_server(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[MakeServer]:
             max_queued_tokens=config.max_queued_tokens,
             stall_timeout=config.stall_timeout,
             metrics=metrics,
+            limits=MinuteLimits(config.requests_per_minute, config.tokens_per_minute),
+            log_contents=config.log_contents,
         )
         fields: dict[str, Any] = {
             "config": config,
@@ -120,16 +123,17 @@ def live_server(make_server: MakeServer) -> Iterator[StartServer]:
 
 
 @contextlib.contextmanager
-def running(server: Server) -> Iterator[LiveServer]:
+def running(server: Server, *, app: FastAPI | None = None) -> Iterator[LiveServer]:
     """A Server behind uvicorn in a thread, on a free loopback port."""
-    app = create_app(server)
+    app = app or create_app(server)
     web = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2))
     server.driver.start()
     thread = threading.Thread(target=web.run, name="uvicorn", daemon=True)
     thread.start()
     deadline = time.monotonic() + 10
     while not web.started:
-        assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+        assert thread.is_alive(), "the server did not start"
+        assert time.monotonic() < deadline, "the server took too long to start"
         time.sleep(0.005)
     port = web.servers[0].sockets[0].getsockname()[1]
     try:

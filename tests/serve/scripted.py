@@ -58,8 +58,8 @@ class ScriptedEngine:
     """`scripts`: one for each request in order (the last is repeated), or a function of the prompt's ids and the params.
 
     A text is encoded with control tokens as such; an answer that is not cut by max_tokens or a stop string ends with `eos_id`,
-    which a script of ids may hold itself. All n answers of a request say the same. `gate` may be cleared to freeze the engine in a
-    step; `seconds` is how long a step takes; `fails` makes a step raise when it is asked for this many more times.
+    which a script of ids may hold itself. All n answers of a request say the same. `gate` may be cleared to freeze the engine in
+    a step; `seconds` is how long a step takes; `fails` makes a step raise when it is asked for this many more times.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class ScriptedEngine:
         first = answer.num_output == 1
         prompt_logprobs = None
         if first and params.prompt_logprobs is not None and answer.index == 0:
-            prompt = self.asked[-1].prompt if len(self.asked) == 1 else self._prompt_of(answer)
+            prompt = self.asked[answer.request_id].prompt
             prompt_logprobs = (None, *(_described(token, params.prompt_logprobs) for token in prompt[1:]))
         return Delta(
             request_id=answer.request_id,
@@ -206,9 +206,6 @@ class ScriptedEngine:
             stop_reason=stop_reason,
             prompt_logprobs=prompt_logprobs,
         )
-
-    def _prompt_of(self, answer: _Answer) -> list[int]:
-        return self.asked[answer.request_id].prompt
 
 
 def _described(token: int, count: int) -> TokenLogprob:

@@ -1,8 +1,8 @@
 """The listening side: uvicorn with bounds on what a connection may do before anybody knows who it is, and a gentle end.
 
 In: an ASGI app and a bound socket. Out: requests to the app. A head must arrive whole, in time and within MAX_HEAD bytes; a
-client that reads nothing is cut off. On SIGTERM or Ctrl-C new requests are refused while running ones finish; a second signal ends
-at once.
+client that reads nothing is cut off. On SIGTERM or Ctrl-C new requests are refused while running ones finish; a second signal
+ends it at once.
 """
 
 from __future__ import annotations

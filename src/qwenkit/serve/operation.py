@@ -20,13 +20,15 @@ router = APIRouter()
 TheServer = Annotated[Server, Depends(the_server)]
 
 
-@router.api_route("/health", methods=["GET", "HEAD"], response_model=None)
+@router.head("/health", include_in_schema=False, response_model=None)
+@router.get("/health", response_model=None)
 async def health(server: TheServer) -> JSONResponse:
     """200 while the engine's loop comes by and can compute, else 503."""
     return _state(server, server.driver.healthy, "stuck or broken")
 
 
-@router.api_route("/ready", methods=["GET", "HEAD"], response_model=None)
+@router.head("/ready", include_in_schema=False, response_model=None)
+@router.get("/ready", response_model=None)
 async def ready(server: TheServer) -> JSONResponse:
     """200 while new requests are taken; 503 also while the server is about to stop."""
     driver = server.driver
