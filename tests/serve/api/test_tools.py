@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from qwenkit.text.chat_qwen1 import Qwen1Chat
+from qwenkit.text.tokenizer import Tokenizer
 from tests.serve.api.conftest import CLOCK, WEATHER, Connect, called
-from tests.serve.conftest import LiveServer
+from tests.serve.conftest import LiveServer, StartServer
 
 HI: Any = [{"role": "user", "content": "hi"}]
 TOOLS: Any = [WEATHER, CLOCK]
@@ -198,3 +200,25 @@ def test_what_is_refused(thinking_server: Thinking, body: dict[str, Any], param:
     assert response.status_code == 400, response.text
     if param is not None:
         assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_in_the_words_of_qwen_1(live_server: StartServer, thinker: Tokenizer, stream: bool) -> None:
+    """ReAct: the stop string that its format needs ends the answer, and nobody hears of it."""
+    script = 'Thought: I look it up.\nAction: get_weather\nAction Input: {"city": "Paris"}\nObservation: made up'
+    live = live_server([script], tokenizer=thinker, chat_format=Qwen1Chat(thinker, max_window_size=3000))
+    body = {"messages": HI, "tools": TOOLS, "stop": ["END"], "stream": stream}
+    response = live.post("/v1/chat/completions", body)
+    assert response.status_code == 200, response.text
+    assert asked(live).params.stop == ("END", "\nObservation:")
+    assert "Observation" not in response.text
+    assert "made up" not in response.text
+    if stream:
+        assert '"finish_reason":"tool_calls"' in response.text
+        return
+    (choice,) = response.json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["stop_reason"] is None
+    assert choice["message"]["reasoning_content"] == "I look it up."
+    (call,) = choice["message"]["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("get_weather", {"city": "Paris"})
