@@ -10,6 +10,7 @@ fits alone, every sequence finishes.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from dataclasses import dataclass
 
@@ -126,6 +127,7 @@ class Scheduler:
         sequence.num_computed = len(shared) * self.config.block_size
         if sequence.num_output == 0:
             sequence.num_cached = sequence.num_computed
+            sequence.admitted_at = time.monotonic()
         return True
 
     def _known_prefix(self, sequence: Sequence) -> list[bytes]:
