@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pydantic
 import pytest
 
 from qwenkit.engine.engine import Engine
@@ -159,6 +160,23 @@ def test_json_object(thinking_server: Callable[..., LiveServer]) -> None:
         assert live.engine.asked[-1].params.grammar.kind == "json_object"
     live.post("/v1/chat/completions", {"messages": HI, "response_format": {"type": "text"}})
     assert live.engine.asked[-1].params.grammar is None
+
+
+class Verdict(pydantic.BaseModel):
+    ok: bool
+    why: str
+
+
+def test_the_client_parses_into_its_own_types(thinking_server: Callable[..., LiveServer], connect: Connect) -> None:
+    """`parse` and `stream` of OpenAI's client send a strict schema and read the answer with it."""
+    client = connect(thinking_server(['{"ok": true, "why": "so"}']))
+    parsed = client.chat.completions.parse(model="tiny", messages=HI, response_format=Verdict)
+    assert parsed.choices[0].message.parsed == Verdict(ok=True, why="so")
+    with client.chat.completions.stream(model="tiny", messages=HI, response_format=Verdict) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+    assert final.choices[0].message.parsed == Verdict(ok=True, why="so")
 
 
 @pytest.mark.parametrize(
