@@ -146,23 +146,23 @@ def test_keys_do_not_see_each_other(live_server: StartServer) -> None:
 
 
 def test_limits(live_server: StartServer) -> None:
-    live = live_server(max_file="4KB", state_disk_per_key="5KB", max_batches=1, max_batch_lines=2)
+    live = live_server(max_file="4KB", state_disk_per_key="6KB", max_batches=1, max_batch_lines=2)
     client = client_of(live)
     with pytest.raises(openai.APIStatusError) as caught:
         client.files.create(file=("big", b"x" * 6000), purpose="batch")
     assert caught.value.status_code == 413
     live.engine.gate.clear()
-    begin(client, jsonl(2))
+    first = begin(client, jsonl(2))
     with pytest.raises(openai.RateLimitError, match="unfinished"):
         begin(client, jsonl(1))
     live.engine.gate.set()
+    client.files.create(file=("in", b"x" * 3500), purpose="batch")
     with pytest.raises(openai.APIStatusError, match="may keep"):
-        for _ in range(3):
-            client.files.create(file=("in", b"x" * 3000), purpose="batch")
-    live.app.state.batches.limits.__dict__["key_batches"] = 10
+        client.files.create(file=("in", b"x" * 3500), purpose="batch")
     files = [file.id for file in client.files.list()]
     assert not list(live.app.state.batches.folder.glob("files/*.part"))
-    for file_id in files[:-1]:
+    wait_for(client, first)
+    for file_id in files:
         client.files.delete(file_id)
     failed = wait_for(client, begin(client, jsonl(3)))
     assert failed.status == "failed"
