@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 
 import pytest
 from fastapi import Request
@@ -27,7 +28,7 @@ def received(data: bytes, cuts: list[int], limit: int = 1 << 20) -> tuple[Form, 
     places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
     messages = [
         {"type": "http.request", "body": data[start:end], "more_body": end < len(data)}
-        for start, end in zip(places, places[1:], strict=False)
+        for start, end in itertools.pairwise(places)
     ]
     target = io.BytesIO()
 
