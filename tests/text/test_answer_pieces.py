@@ -123,7 +123,8 @@ def merged(events: Iterable[AnswerEvent]) -> list[AnswerEvent]:
 @given(
     answer=answers,
     prompt=st.sampled_from(["", "<think>\n", "<think>\n\n</think>\n\n", "q\nThought:"]),
-    stops=st.just([]) | st.lists(st.sampled_from(["\nObservation:", "l_c", "</tool_call>", "hi", "}"]), max_size=2),
+    stops=st.just([])
+    | st.lists(st.sampled_from(["\nObservation:", "l_c", "</tool_call>", "hi", "}", "k>!", "l>!"]), max_size=2),
     skip_special=st.booleans(),
     tools=st.sampled_from([True, True, False]),
     thinking=st.sampled_from([True, True, False]),
@@ -214,6 +215,6 @@ def test_many_tags_take_linear_time() -> None:
         "<tool_call>\n",
     ):
         parser = format.parser([], tools=True)
-        answer = unit * 20_000
+        answer = '<tool_call>{"' + unit * 20_000
         events = [event for start in range(0, len(answer), 40) for event in parser.push([], answer[start : start + 40])]
         assert "".join(event.text for event in [*events, *parser.finish()]) == answer
