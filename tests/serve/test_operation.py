@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -18,7 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from qwenkit.serve import logs
 from qwenkit.serve.app import create_app
 from qwenkit.serve.tracing import OtlpTracing
+from qwenkit.text.tokenizer import Tokenizer
 from tests.serve.conftest import MakeServer, StartServer, running, wait_until
+from tests.serve.scripted import ScriptedEngine
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -161,3 +164,24 @@ def test_spans_say_what_a_request_cost(make_server: MakeServer) -> None:
     assert attributes["http.response.status_code"] == 200
     assert attributes["gen_ai.usage.output_tokens"] == len("Hello!") + 1
     assert attributes["gen_ai.response.finish_reasons"] == ("stop",)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("seats", [0, 1])
+def test_a_client_that_hangs_up_takes_its_request_along(
+    live_server: StartServer, tokenizer: Tokenizer, stream: bool, seats: int
+) -> None:
+    """Whether it waits (no seats) or is being answered."""
+    engine = ScriptedEngine(tokenizer, ["x" * 4000], max_num_seqs=seats, seconds=0.002)
+    live = live_server(engine=engine)
+    body = CHAT | {"stream": stream}
+    with (
+        contextlib.suppress(httpx.ReadTimeout),
+        httpx.stream("POST", live.url + "/v1/chat/completions", json=body, timeout=0.3) as answer,
+    ):
+        next(answer.iter_bytes())
+    wait_until(lambda: bool(engine.asked) and not engine.has_work)
+    assert engine.aborted == [0]
+    assert engine.pool.num_free == engine.pool.num_blocks
+    state = live.get("/ready").json()
+    assert (state["running"], state["waiting"]) == (0, 0)

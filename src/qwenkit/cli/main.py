@@ -18,10 +18,10 @@ from qwenkit.cli.options import nearest
 VERBS = {
     "chat": "Talk to a model: a conversation, or one streamed answer.",
     "doctor": "Versions, devices, instruction sets, folders: what qwenkit sees of this machine.",
-    "serve": "Serve a model to clients of the OpenAI and Anthropic APIs, and as a page to talk in.",
     "generate": "Answer every line of a JSONL file; goes on where it was interrupted.",
     "pull": "Get a model and check every file, or check files that are already here.",
     "bench": "Measure a model's speed and memory here, and how near they are to what the machine could do.",
+    "serve": "Serve a model to clients of the OpenAI and Anthropic APIs, and as a page to talk in.",
 }
 
 
