@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from qwenkit.engine import sampler
-from qwenkit.engine.request import Sequence
+from qwenkit.engine.request import SeenTokens, Sequence
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.text.stream import Detokenizer
 from qwenkit.text.tokenizer import Tokenizer
@@ -35,61 +33,6 @@ def sequence(tokenizer: Tokenizer, prompt: list[int], output: list[int] = [], **
     )
 
 
-def naive_distribution(
-    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
-) -> dict[int, float]:
-    """Temperature, top_k, top_p, min_p one after the other over a sorted list, renormalised after each."""
-    order = sorted(range(len(logits)), key=lambda i: -logits[i])
-    if top_k > 0:
-        order = order[:top_k]
-    weights = [math.exp((logits[i] - logits[order[0]]) / temperature) for i in order]
-    weights = [weight / sum(weights) for weight in weights]
-    kept, total = 0, 0.0
-    while kept < len(order) and (kept == 0 or total < top_p or top_p == 1):
-        total += weights[kept]
-        kept += 1
-    chosen = {i: weight for i, weight in zip(order[:kept], weights, strict=False) if weight >= min_p * weights[0]}
-    return {i: weight / sum(chosen.values()) for i, weight in chosen.items()}
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    size=st.sampled_from([5, 40, 700]),
-    temperature=st.floats(0.1, 3.0),
-    top_k=st.sampled_from([-1, 0, 1, 3, 50, 10_000]),
-    top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
-    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
-    spread=st.sampled_from([0.1, 2.0, 6.0]),
-)
-def test_cuts_keep_what_the_rules_keep(
-    tokenizer: Tokenizer,
-    seed: int,
-    size: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    spread: float,
-) -> None:
-    logits = torch.tensor(np.random.default_rng(seed).normal(size=size) * spread, dtype=torch.float32)
-    row = sequence(tokenizer, [1], temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    probabilities, ids = sampler._candidates(logits / temperature, row)
-    kept = range(size) if ids is None else ids.tolist()
-    mine = dict(zip(kept, (probabilities / probabilities.sum()).tolist(), strict=True))
-    expected = naive_distribution(logits.tolist(), temperature, top_k, top_p, min_p)
-    doubtful = set(mine) ^ set(expected)  # fp32 and float64 may differ about a token exactly at the edge of top_p
-    assert len(doubtful) <= 1
-    assert all(
-        max(mine.get(i, 0), expected.get(i, 0)) <= min([*mine.values(), *expected.values()]) + 1e-6 for i in doubtful
-    )
-    # The shares of the others among themselves: a doubtful token takes its own from all of them.
-    agreed = set(mine) & set(expected)
-    total, expected_total = sum(mine[i] for i in agreed), sum(expected[i] for i in agreed)
-    for i in agreed:
-        assert mine[i] / total == pytest.approx(expected[i] / expected_total, rel=1e-4)
-
-
 def test_draws_follow_the_distribution(tokenizer: Tokenizer) -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
     expected = torch.softmax(logits[0] / 0.8, -1)
@@ -109,6 +52,15 @@ def test_uniform_is_a_function_of_seed_index_and_place() -> None:
     assert all(0 <= value < 1 for value in values.values())
     assert abs(np.mean(list(values.values())) - 0.5) < 0.05
     assert all(sampler.uniform(*key) == value for key, value in values.items())
+
+
+def test_seen_tokens_are_the_distinct_ones() -> None:
+    seen = SeenTokens()
+    tokens = [5, 5, 7]
+    assert seen.of(tokens).tolist() == [5, 7]
+    for token in range(200):
+        tokens.append(token % 130)
+        assert sorted(seen.of(tokens).tolist()) == sorted(set(tokens))
 
 
 def test_penalties_bias_and_min_tokens(tokenizer: Tokenizer) -> None:

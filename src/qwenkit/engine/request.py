@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
+
 from qwenkit.engine.blocks import chain_hash
 from qwenkit.engine.matcher import Matcher
 from qwenkit.engine.sampling import SamplingParams
@@ -72,6 +74,27 @@ class RequestOutput:
         return self.completions[0].text
 
 
+class SeenTokens:
+    """The distinct ids of a growing list of tokens, for the repetition penalty; each token is looked at once."""
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+        self._ids = torch.empty(64, dtype=torch.int64)
+        self._looked_at = 0
+
+    def of(self, tokens: list[int]) -> torch.Tensor:
+        """Ids (count,) int64 of `tokens`, which begin with the tokens of the last call."""
+        new = dict.fromkeys(token for token in tokens[self._looked_at :] if token not in self._known)
+        self._looked_at = len(tokens)
+        start = len(self._known)
+        self._known.update(new)
+        while self._ids.shape[0] < len(self._known):
+            self._ids = torch.cat((self._ids, torch.empty_like(self._ids)))
+        if new:
+            self._ids[start : len(self._known)] = torch.tensor(list(new))
+        return self._ids[: len(self._known)]
+
+
 @dataclass(eq=False)
 class Sequence:
     """One answer being written.
@@ -98,12 +121,15 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    followers: list[Sequence] = field(default_factory=list)  # answers 1 .. n-1, until the prompt is computed and they start
+    followers: list[Sequence] = field(
+        default_factory=list
+    )  # answers 1 .. n-1, until the prompt is computed and they start
     priority: int = 0
     order: int = 0  # place in the line of those that ever waited; given by the scheduler
     cache_namespace: str = ""
     admitted_at: float = 0.0
     matcher: Matcher | None = None
+    seen: SeenTokens = field(default_factory=SeenTokens)
 
     @property
     def num_output(self) -> int:

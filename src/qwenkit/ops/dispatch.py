@@ -28,6 +28,7 @@ NATIVE = (
     "paged_attention",
     "packed_linear",
     "embedding",
+    "sample",
 )
 REFERENCE_ONLY = ("attention", "packed_attention")
 
@@ -124,6 +125,19 @@ def embedding(ids: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     chosen = _native_for(x)
     return reference.packed_linear(x, weight, bias) if chosen is None else chosen.packed_linear(x, weight, bias)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    chosen = _native_for(logits)
+    implementation = reference if chosen is None else chosen
+    return implementation.sample(logits, temperature, top_k, top_p, min_p, uniform)
 
 
 def write_cache(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> None:

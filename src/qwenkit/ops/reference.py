@@ -113,6 +113,47 @@ def paged_attention(
     return torch.cat(out)
 
 
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """A token for each row of logits (N, V) fp32: int64 (N,), -1 where a row has no finite largest logit.
+
+    temperature, top_p, min_p (fp32), top_k (int64) and uniform (float64, [0, 1)) are (N,), on the CPU. Temperature 0 takes the
+    likeliest token. Else the cuts come one after the other, each over what the one before has left, renormalised: the top_k
+    likeliest (0: all); the fewest likeliest that hold top_p (arXiv 1904.09751); those at least min_p times as likely as the
+    likeliest (arXiv 2407.01082). `uniform` then chooses among them, in an order that is the implementation's own.
+    """
+    settings = zip(*(values.tolist() for values in (temperature, top_k, top_p, min_p, uniform)), strict=True)
+    return torch.tensor([_sample_row(row, *of_row) for row, of_row in zip(logits, settings, strict=True)])
+
+
+def _sample_row(row: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
+    likeliest = int(row.argmax())  # a NaN wins every argmax
+    if not row[likeliest].isfinite():
+        return -1
+    if temperature <= 0:
+        return likeliest
+    logits, ids = row.sort(descending=True, stable=True)
+    logits, ids = (logits, ids) if top_k <= 0 else (logits[:top_k], ids[:top_k])
+    probabilities = ((logits - logits[0]) / temperature).exp().double()
+    if top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        keep = before < top_p * probabilities.sum()
+        keep[0] = True
+        probabilities, ids = probabilities[keep], ids[keep]
+    probabilities = probabilities * (probabilities >= min_p * probabilities[0])
+    cumulative = probabilities.cumsum(-1)
+    place = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    if place == ids.shape[0]:  # rounding; what follows the last possible token may be barred
+        place = int(probabilities.nonzero()[-1])
+    return int(ids[place])
+
+
 def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """x (T, cols) times a packed matrix -> (T, rows); `bias` is padded to the packed rows."""
     return F.linear(x, dequantize(weight).to(x.dtype), None if bias is None else bias[: weight.rows])

@@ -4,6 +4,7 @@
 #include "cache.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "sample.h"
 
 static const Kernel kernels[QK_KINDS] = {embed,  rms_norm,    quantize, linear,   linear_bf16,
-                                         rotate, write_cache, attend,   silu_mul, add};
+                                         rotate, write_cache, attend,   silu_mul, add, sample};

@@ -124,6 +124,20 @@ class NativeOps:
         self.executor.submit(Kind.ATTEND, pointers, numbers, writes=(out,), x=dim**-0.5)
         return out
 
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+        pointers = (tokens, logits, temperature, top_k, top_p, min_p, uniform)
+        self.executor.submit(Kind.SAMPLE, pointers, tuple(logits.shape), writes=(tokens,))
+        return tokens
+
     @staticmethod
     def can_cache(cache: KVCache) -> bool:
         return (

@@ -30,6 +30,7 @@ class Kind(IntEnum):
     ATTEND = 7
     SILU_MUL = 8
     ADD = 9
+    SAMPLE = 10
 
 
 class Program:

@@ -27,6 +27,11 @@ static inline F16 f_fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v,
 static inline F16 f_abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
 static inline float f_sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
 static inline float f_hmax(F16 a) { return _mm512_reduce_max_ps(a.v); }
+// one bit a lane: a > b, a >= b, a is NaN
+static inline uint32_t f_gt(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+static inline uint32_t f_ge(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+static inline F16 f_if_gt(F16 a, F16 b) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), a.v)}; }  // a where a > b, else 0
+static inline uint32_t f_nan(F16 a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 static inline F16 f_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 static inline F16 f_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
@@ -90,6 +95,13 @@ static inline float f_hmax(F16 x) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
+static inline uint32_t f_masks(__m256 low, __m256 high) { return _mm256_movemask_ps(low) | _mm256_movemask_ps(high) << 8; }
+static inline uint32_t f_gt(F16 x, F16 y) { return f_masks(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)); }
+static inline uint32_t f_ge(F16 x, F16 y) { return f_masks(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ)); }
+static inline F16 f_if_gt(F16 x, F16 y) {
+  return {_mm256_and_ps(x.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)), _mm256_and_ps(x.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))};
+}
+static inline uint32_t f_nan(F16 x) { return f_masks(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q)); }
 static inline F16 f_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }

@@ -1,0 +1,230 @@
+// Choosing a token from each row of logits: temperature, top_k, top_p, min_p, then one draw with a given uniform number. Rows are
+// dealt to threads. The vocabulary is never sorted: top_k selects, and top_p searches for the weight from which tokens are kept.
+#pragma once
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <vector>
+
+#include "program.h"
+#include "simd.h"
+
+namespace {
+
+struct Candidate {
+  float logit;
+  int32_t id;
+};
+
+// Likelier first; of equals the one with the smaller id, so that the order does not depend on how it was found.
+inline bool likelier(const Candidate& a, const Candidate& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
+
+// Calls `take(k)` for every k with from[k] > bound; take may raise the bound.
+template <class Take>
+inline void scan(const float* from, int64_t size, const float& bound, Take take) {
+  int64_t k = 0;
+  for (; k + 16 <= size; k += 16)
+    for (uint32_t lanes = f_gt(f_load(from + k), f_set1(bound)); lanes; lanes &= lanes - 1) {
+      const int64_t lane = k + __builtin_ctz(lanes);
+      if (from[lane] > bound) take(lane);
+    }
+  for (; k < size; k++)
+    if (from[k] > bound) take(k);
+}
+
+// The largest logit; NaN if one of them is.
+inline float peak_of(const float* row, int64_t size) {
+  F16 largest = f_set1(-INFINITY);
+  uint32_t nan = 0;
+  float peak = -INFINITY;
+  int64_t k = 0;
+  for (; k + 16 <= size; k += 16) {
+    const F16 x = f_load(row + k);
+    nan |= f_nan(x);
+    largest = f_max(largest, x);
+  }
+  for (; k < size; k++) {
+    nan |= row[k] != row[k];
+    peak = row[k] > peak ? row[k] : peak;
+  }
+  return nan ? NAN : std::max(peak, f_hmax(largest));
+}
+
+// weights[k] = exp((row[k] - peak) * inverse); returns their sum.
+inline double weigh(const float* row, int64_t size, float peak, float inverse, float* weights) {
+  F16 sum = f_zero();
+  double total = 0;
+  const F16 top = f_set1(peak), by = f_set1(inverse), floor = f_set1(-87.0f);
+  int64_t k = 0;
+  for (int64_t block = 0; k + 16 <= size; k += 16) {
+    const F16 z = f_mul(f_sub(f_load(row + k), top), by);
+    F16 weight = f_zero();
+    if (f_ge(z, floor)) weight = f_exp(z);
+    f_store(weights + k, weight);
+    sum = f_add(sum, weight);
+    if (++block == 64) total += f_sum(sum), sum = f_zero(), block = 0;  // in fp32 a long sum would lose its tail
+  }
+  total += f_sum(sum);
+  for (; k < size; k++) total += weights[k] = std::exp((row[k] - peak) * inverse);
+  return total;
+}
+
+// The k likeliest, in no order.
+inline void likeliest(const float* row, int64_t size, int64_t k, std::vector<Candidate>& out) {
+  float bound = -INFINITY;
+  out.clear();
+  const size_t room = 2 * k + 1024;
+  scan(row, size, bound, [&](int64_t id) {
+    out.push_back({row[id], (int32_t)id});
+    if (out.size() == room) {
+      std::nth_element(out.begin(), out.begin() + (k - 1), out.end(), likelier);
+      out.resize(k);
+      bound = out[k - 1].logit;
+    }
+  });
+  if ((int64_t)out.size() > k) {
+    std::nth_element(out.begin(), out.begin() + (k - 1), out.end(), likelier);
+    out.resize(k);
+  }
+}
+
+constexpr int BOUNDS = 8;  // thresholds that are tried in one pass
+constexpr int64_t BLOCK = 1024;
+
+// masses[i] = sum of the weights above bounds[i].
+inline void masses_above(const float* weights, int64_t size, const float* bounds, double* masses) {
+  std::fill(masses, masses + BOUNDS, 0.0);
+  for (int64_t from = 0; from < size; from += BLOCK) {
+    F16 sums[BOUNDS];
+    QK_UNROLL
+    for (int i = 0; i < BOUNDS; i++) sums[i] = f_zero();
+    const int64_t end = std::min(from + BLOCK, size);
+    int64_t k = from;
+    for (; k + 16 <= end; k += 16) {
+      const F16 weight = f_load(weights + k);
+      QK_UNROLL
+      for (int i = 0; i < BOUNDS; i++) sums[i] = f_add(sums[i], f_if_gt(weight, f_set1(bounds[i])));
+    }
+    for (int i = 0; i < BOUNDS; i++) masses[i] += f_sum(sums[i]);
+    for (; k < end; k++)
+      for (int i = 0; i < BOUNDS; i++) masses[i] += weights[k] > bounds[i] ? weights[k] : 0;
+  }
+}
+
+// What is kept of a vocabulary: the tokens whose weight is above `above`, which have `mass` together, and some more by name.
+struct Kept {
+  float above;
+  double mass;
+  std::vector<Candidate>& more;
+};
+
+// The fewest likeliest tokens whose mass reaches `wanted`. The weight from which they are kept is narrowed down a few thresholds at a
+// time; those between the last two are sorted.
+inline void keep_most(const float* row, const float* weights, int64_t size, double wanted, Kept& kept) {
+  float shallow = 0, deep = 88;  // logarithms: tokens above e^-shallow have less than `wanted`, those above e^-deep have it all
+  for (int pass = 0; pass < 5; pass++) {
+    float depths[BOUNDS], bounds[BOUNDS];
+    double masses[BOUNDS];
+    for (int i = 0; i < BOUNDS; i++) {
+      depths[i] = shallow + (deep - shallow) * (i + 1) / (BOUNDS + 1);
+      if (pass == 0) depths[i] = 0.25f * (2 << i);  // most distributions are decided near the peak
+      bounds[i] = std::exp(-depths[i]);
+    }
+    masses_above(weights, size, bounds, masses);
+    for (int i = 0; i < BOUNDS; i++) {
+      if (masses[i] >= wanted) {
+        deep = depths[i];
+        break;
+      }
+      shallow = depths[i];
+      kept.mass = masses[i];
+    }
+  }
+  kept.above = shallow > 0 ? std::exp(-shallow) : FLT_MAX;
+  float bound = std::exp(-deep);
+  scan(weights, size, bound, [&](int64_t id) {
+    if (weights[id] <= kept.above) kept.more.push_back({row[id], (int32_t)id});
+  });
+  std::sort(kept.more.begin(), kept.more.end(), likelier);
+  double mass = kept.mass;
+  size_t count = 0;
+  while (count < kept.more.size() && mass < wanted) mass += weights[kept.more[count++].id];
+  kept.more.resize(count);
+}
+
+inline int64_t draw(const float* row, int64_t size, float temperature, int64_t top_k, float top_p, float min_p, double uniform) {
+  static thread_local std::vector<Candidate> candidates;
+  static thread_local std::vector<float> weights;
+  const float peak = peak_of(row, size);
+  if (!std::isfinite(peak)) return -1;
+  const int64_t likeliest_id = std::find(row, row + size, peak) - row;
+  if (temperature <= 0) return likeliest_id;
+  const float inverse = 1.0f / temperature;
+  weights.resize(size);
+  candidates.clear();
+  Kept kept = {FLT_MAX, 0, candidates};
+  if (top_k > 0 && top_k < size) {
+    likeliest(row, size, top_k, candidates);
+    std::sort(candidates.begin(), candidates.end(), likelier);
+    double all = 0, mass = 0;
+    for (const Candidate& c : candidates) all += weights[c.id] = std::exp((c.logit - peak) * inverse);
+    size_t count = 0;
+    while (count < candidates.size() && (top_p >= 1 || mass < top_p * all)) mass += weights[candidates[count++].id];
+    candidates.resize(std::max<size_t>(count, 1));
+  } else {
+    const double all = weigh(row, size, peak, inverse, weights.data());
+    if (top_p < 1) keep_most(row, weights.data(), size, top_p * all, kept);
+    else kept.above = 0, kept.mass = all;
+    if (min_p > 0 && kept.above < min_p) {
+      float bounds[BOUNDS];
+      double masses[BOUNDS];
+      std::fill(bounds, bounds + BOUNDS, std::nextafter(min_p, 0.0f));
+      masses_above(weights.data(), size, bounds, masses);
+      kept.above = bounds[0], kept.mass = masses[0];
+    }
+  }
+  double target = kept.mass;
+  if (min_p > 0)
+    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), [&](const Candidate& c) { return weights[c.id] < min_p; }),
+                     candidates.end());
+  for (const Candidate& c : candidates) target += weights[c.id];
+  target *= uniform;
+  for (const Candidate& c : candidates) {
+    target -= weights[c.id];
+    if (target < 0) return c.id;
+  }
+  if (kept.mass <= 0) return candidates.empty() ? likeliest_id : candidates.front().id;
+  int64_t chosen = likeliest_id;  // where rounding runs past the last token that is kept
+  for (int64_t from = 0; from < size; from += BLOCK) {
+    const int64_t end = std::min(from + BLOCK, size);
+    double mass = 0;
+    F16 sum = f_zero();
+    int64_t k = from;
+    for (; k + 16 <= end; k += 16) sum = f_add(sum, f_if_gt(f_load(weights.data() + k), f_set1(kept.above)));
+    mass = f_sum(sum);
+    for (; k < end; k++) mass += weights[k] > kept.above ? weights[k] : 0;
+    if (target >= mass) {
+      target -= mass;
+      continue;
+    }
+    for (k = from; k < end; k++) {
+      if (weights[k] <= kept.above) continue;
+      chosen = k;
+      if (weights[k] > target) return k;
+      target -= weights[k];
+    }
+    return chosen;
+  }
+  return chosen;
+}
+
+// p: tokens out (int64), logits, temperature, top_k (int64), top_p, min_p, uniform (double); n: rows, vocabulary. Temperature 0 takes
+// the likeliest, top_k 0 and top_p 1 cut nothing. -1 where a row has no finite largest logit.
+void sample(const Op& op, int thread, int threads) {
+  const int64_t size = op.n[1];
+  for (int64_t row = thread; row < op.n[0]; row += threads)
+    ((int64_t*)op.p[0])[row] = draw((const float*)op.p[1] + row * size, size, ((const float*)op.p[2])[row], ((const int64_t*)op.p[3])[row],
+                                    ((const float*)op.p[4])[row], ((const float*)op.p[5])[row], ((const double*)op.p[6])[row]);
+}
+
+}  // namespace
