@@ -1,0 +1,1 @@
+"""The life of a batch: config, data, loss, parallel, optim, checkpoint, loop."""
