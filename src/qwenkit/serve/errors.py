@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from qwenkit.serve.caller import caller
@@ -31,6 +32,39 @@ _TYPES = {
     529: "overloaded_error",
 }
 _ANTHROPIC_PATH = "/v1/messages"
+
+
+class Told(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Refusal(BaseModel):
+    """OpenAI's shape of an error."""
+
+    error: Told
+
+
+class ToldToAnthropic(BaseModel):
+    type: str
+    message: str
+
+
+class RefusalToAnthropic(BaseModel):
+    """Anthropic's shape of an error."""
+
+    type: Literal["error"]
+    error: ToldToAnthropic
+    request_id: str | None
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Refusal | RefusalToAnthropic, "description": "Refused; the message says why"},
+    "5XX": {"description": "The server failed, or is about to stop"},
+}
+"""What the OpenAPI document says of every route besides its answers."""
 
 
 def is_anthropic(path: str) -> bool:
