@@ -1,4 +1,5 @@
-"""LoRA: a Linear plus a product of two thin matrices, W x + scaling * B (A x) (arXiv 2106.09685).
+"""LoRA: a Linear plus a product of two thin matrices, W x + scaling * B (A x) (arXiv 2106.09685); DoRA: the length of each row
+of that sum a parameter of its own (arXiv 2402.09353).
 
 `LoRALinear` trains one such update of any kind of Linear, merges it into a plain one and takes it out again. `AdaptedLinear`
 serves many at a time: every row of the stream (T, in) gets the update that a `Routing` says, or none.
@@ -7,12 +8,18 @@ serves many at a time: every row of the stream (T, in) gets the update that a `R
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from qwenkit.linear.frozen import dequantized_weight
+
+_ROWS = 1024  # of a matrix whose lengths are computed at once, so that its fp32 copy is small
 
 
 def lora_scaling(rank: int, alpha: float, *, rslora: bool = False) -> float:
@@ -22,26 +29,46 @@ def lora_scaling(rank: int, alpha: float, *, rslora: bool = False) -> float:
 
 @dataclass(frozen=True)
 class LowRank:
-    """An update of a matrix (out, in): a (r, in), b (out, r)."""
+    """An update of a matrix (out, in): a (r, in), b (out, r); of DoRA also the length of each row, magnitude (out,)."""
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
+    magnitude: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (T, in) -> (T, out) in the dtype of a and b."""
         return F.linear(F.linear(x.to(self.a.dtype), self.a) * self.scaling, self.b)
 
     def matrix(self) -> torch.Tensor:
-        """The update itself, (out, in) in fp32."""
+        """The update itself, (out, in) in fp32; DoRA's lengths are not in it."""
         return self.scaling * (self.b.float() @ self.a.float())
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """The matrix (out, in) with the update in it, computed in fp32."""
+        total = weight.float() + self.matrix()
+        if self.magnitude is None:
+            return total
+        return total * (self.magnitude.float() / _lengths(total))[:, None]
+
+    def lengths(self, weight: torch.Tensor) -> torch.Tensor:
+        """Of each row of the matrix (out, in) and the update together: (out,) fp32."""
+        a, parts = self.a.float(), zip(weight.split(_ROWS), self.b.split(_ROWS), strict=True)
+        return torch.cat([_lengths(rows.float() + self.scaling * (b.float() @ a)) for rows, b in parts])
+
+
+def _lengths(matrix: torch.Tensor) -> torch.Tensor:
+    """Of each row; a row of zeros counts as 1, so that it can be divided by."""
+    lengths = torch.linalg.vector_norm(matrix, dim=1)
+    return torch.where(lengths > 0, lengths, 1.0)
 
 
 class LoRALinear(nn.Module):
     """A frozen Linear of any kind with an update that is trained: lora_A (rank, in) and lora_B (out, rank) in `dtype`.
 
     At the start lora_B is zero, so the update is nothing. `dropout` is the share of inputs that the update does not see while
-    training. Raises ValueError for a rank or a dropout that is out of range.
+    training. With `dora` the lengths of the rows are trained too, lora_magnitude_vector (out,); the base must have its values
+    already. While `enabled` is False the base works alone. Raises ValueError for a rank or a dropout that is out of range.
     """
 
     def __init__(
@@ -52,6 +79,7 @@ class LoRALinear(nn.Module):
         *,
         dropout: float = 0.0,
         rslora: bool = False,
+        dora: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -66,45 +94,90 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.dropout = dropout
         self.scaling = lora_scaling(rank, alpha, rslora=rslora)
+        self.enabled = True
         self.merged = False
         device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), None)
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device=device))
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        if dora:
+            self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
+        self._merged_by: torch.Tensor | None = None
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A as torch initialises a Linear, B zero."""
+        """A as torch initialises a Linear, B zero, the lengths those of the base."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        if self.lora_magnitude_vector is not None and not self.lora_A.is_meta:
+            self.lora_magnitude_vector.copy_(self._lengths(self.lora_magnitude_vector.dtype))
 
     @property
     def update(self) -> LowRank:
-        return LowRank(self.lora_A, self.lora_B, self.scaling)
+        return LowRank(self.lora_A, self.lora_B, self.scaling, self.lora_magnitude_vector)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, in) -> (T, out); the update is computed in x's dtype, whatever its own."""
         y = self.base(x)
-        if self.merged:
+        if self.merged or not self.enabled:
             return y
-        return y + self.update(F.dropout(x, self.dropout, self.training)).to(y.dtype)
+        dropped = F.dropout(x, self.dropout, self.training)
+        update = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling, self.lora_B.to(x.dtype))
+        if self.lora_magnitude_vector is None:
+            return y + update.to(y.dtype)
+        # Section 4.3 of the paper: the lengths that are divided by count as constants in the gradient.
+        factor = (self.lora_magnitude_vector / self._lengths(x.dtype)).to(y.dtype)
+        bias = self.base.bias
+        if bias is None:
+            return factor * (y + update.to(y.dtype))
+        bias = bias.to(y.dtype)  # type: ignore[operator]
+        return factor * (y - bias + update.to(y.dtype)) + bias
+
+    @torch.no_grad()
+    def _lengths(self, dtype: torch.dtype) -> torch.Tensor:
+        if isinstance(self.base, nn.Linear):
+            dtype = self.base.weight.dtype  # as it lies there, without a copy
+        return self.update.lengths(dequantized_weight(self.base, dtype))
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update to the base's weight. ValueError where the base is no plain Linear, whose weight can be changed."""
+        """Put the update into the base's weight. ValueError where the base is no plain Linear, whose weight can be changed."""
         if not self.merged:
-            self._add(self.update.matrix())
+            base = self._plain_base()
+            if self.lora_magnitude_vector is not None:
+                self._merged_by = self.lora_magnitude_vector.float() / self.update.lengths(base.weight)
+            base.weight.copy_(self.update.merged(base.weight))
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Undo `merge`, up to the rounding of the weight's dtype."""
         if self.merged:
-            self._add(-self.update.matrix())
+            base = self._plain_base()
+            weight = base.weight.float()
+            if self._merged_by is not None:
+                weight = weight / self._merged_by[:, None]
+            base.weight.copy_(weight - self.update.matrix())
             self.merged = False
 
-    def _add(self, matrix: torch.Tensor) -> None:
+    def _plain_base(self) -> nn.Linear:
         if not isinstance(self.base, nn.Linear):
             raise ValueError(f"an update can be merged into a plain Linear only, not into a {type(self.base).__name__}")
-        self.base.weight.copy_(self.base.weight.float() + matrix)
+        return self.base
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside it every LoRALinear is its base alone: the model as it was before training."""
+    found = [module for module in model.modules() if isinstance(module, LoRALinear) and module.enabled]
+    for module in found:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in found:
+            module.enabled = True
 
 
 def merge_lora(model: nn.Module) -> list[str]:
