@@ -105,7 +105,7 @@ class TrainConfig:
         "float32", "bfloat16 weights that are trained: float32 (an exact copy) or stochastic (rounding)"
     )
     gradient_checkpointing: bool = option(False, "compute blocks twice instead of keeping what is inside them")
-    loss_chunk: int = option(1024, "targets whose logits exist at the same time")
+    loss_chunk: int | None = option(None, "targets whose logits exist at the same time (default: 128 MiB of logits)")
     torch_compile: bool = option(False, "compile the blocks")
     nan_policy: str = option("stop", "a loss or gradient that is not finite: stop, or skip the step")
     oom_policy: str = option("halve", "out of memory: halve the micro-batch and go on, or stop")
