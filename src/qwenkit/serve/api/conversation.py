@@ -76,6 +76,8 @@ def _plain(message: Message, where: str) -> dict[str, Any]:
         if role != "tool":
             raise _wrong(f"{where}.tool_call_id belongs to the role tool, not {message.role}", f"{where}.tool_call_id")
         plain["tool_call_id"] = message.tool_call_id
+    elif role == "tool" and message.id is not None:
+        plain["tool_call_id"] = message.id
     if message.role == "function" and not message.name:
         raise _wrong(f"{where}.name is missing: the answer of a function says which one", where)
     if message.name is not None:

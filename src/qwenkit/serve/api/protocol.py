@@ -163,6 +163,8 @@ class Message(Strict):
     refusal: Text | None = None
     audio: None = None
     annotations: Annotated[list[JsonObject], Field(max_length=MAX_LIST)] | None = None
+    id: Label | None = None  # Qwen-Agent's, which calls a tool's tool_call_id so, and keeps notes of its own beside it
+    extra: JsonObject | None = None
 
 
 class Function(Strict):
@@ -206,6 +208,8 @@ class TemplateArguments(Strict):
 
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions. Other routes build one and go through prepare.py as well."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello!"}]}]})
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)]
     max_completion_tokens: int | None = Field(default=None, ge=1, le=INT32)
@@ -257,6 +261,8 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Once upon a time", "max_tokens": 16}]})
 
     prompt: (
         Text
