@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from qwenkit.serve.access import BodyLimit, Envelope, Gate
-from qwenkit.serve.errors import ApiError, install_handlers
+from qwenkit.serve.errors import DOCUMENTED, ApiError, install_handlers
 from qwenkit.serve.keys import Keys
 from qwenkit.serve.server import Server
 from qwenkit.serve.tracing import OtlpTracing, Tracing
@@ -63,6 +63,7 @@ def create_app(server: Server, *, keys: Keys | None = None, tracing: Tracing | N
         redirect_slashes=False,
         middleware=doors,
         dependencies=[Depends(refuse_odd_numbers)],
+        responses=DOCUMENTED,
     )
     app.state.server = server
     app.state.tracing = tracing
