@@ -27,7 +27,7 @@ class _FrozenProduct(torch.autograd.Function):
         return F.linear(x, weight(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad @ ctx.weight(grad.dtype), None
 
 

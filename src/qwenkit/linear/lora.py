@@ -131,7 +131,7 @@ class LoRALinear(nn.Module):
         bias = self.base.bias
         if bias is None:
             return factor * (y + update.to(y.dtype))
-        bias = bias.to(y.dtype)  # type: ignore[operator]
+        bias = bias.to(y.dtype)
         return factor * (y - bias + update.to(y.dtype)) + bias
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """LoRA adapters as peft stores them. In: a folder with adapter_config.json and adapter_model.safetensors, and the shapes of the
-model's Linears. Out: one low-rank update for each Linear that the adapter changes.
+model's Linears. Out: one low-rank update for each Linear that the adapter changes, and the parameters that it replaces whole.
+The way back is adapter_saving.py.
 
 The tensors say which Linears those are; a regular expression in the configuration is not run, since one can be made that never
 ends. Whatever would need more than updates of Linears is refused by name, and so is a pickled adapter_model.bin.
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,19 @@ from qwenkit.weights.stored import StoredTensor, read_json
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 MAX_RANK = 512
+BIASES = ("none", "all", "lora_only")
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"(?<=\.)(base_layer|modules_to_save)\.")  # what peft puts between a module and its parameters
 _LARGEST_CONFIG = 1 << 20  # bytes
 _LARGEST_HEADER = 16 << 20  # bytes, added to what the matrices can take
+_SERVED = "an adapter that is served"
+# Settings that only training and merging understand.
+_REFUSED_WHEN_SERVED = {"use_dora": "DoRA", "modules_to_save": "whole modules beside the updates"}
 # Settings that change what an adapter computes; with any but these values, another kind of arithmetic is needed.
 _REFUSED = {
-    "use_dora": "DoRA",
     "lora_bias": "a bias of lora_B",
     "fan_in_fan_out": "transposed weights",
-    "modules_to_save": "whole modules beside the updates",
     "target_parameters": "updates of parameters that are no Linear",
     "trainable_token_indices": "trained token embeddings",
     "layer_replication": "repeated layers",
@@ -54,23 +59,53 @@ _INITIALISATIONS = (
 )  # those that leave the model's weights alone
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter changes: `updates` by the name of their Linear, `parameters` that it replaces by their own name, both fp32.
+
+    `settings` is its adapter_config.json, checked.
+    """
+
+    updates: dict[str, LowRank]
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
 def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, qwen1: bool = False) -> dict[str, LowRank]:
-    """The updates in fp32 by the name of their Linear; `shapes` gives (in, out) of each Linear that there is.
+    """The updates of an adapter that has nothing else, as serving needs it; see `read_whole_adapter`."""
+    return _read(folder, shapes, None, qwen1).updates
+
+
+def read_whole_adapter(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    parameters: Mapping[str, tuple[int, ...]],
+    *,
+    qwen1: bool = False,
+) -> Adapter:
+    """An adapter in fp32; `shapes` gives (in, out) of each Linear that there is, `parameters` the shape of all it may replace.
 
     `qwen1` translates names of the original Qwen-1, whose c_attn is three Linears here. Raises FileNotFoundError for a missing
     file, ValueError (one sentence) for one that is corrupt, too large, asks for what is not supported, or does not fit.
     """
-    config = _read_config(folder)
-    pairs = _read_pairs(folder, shapes)
+    return _read(folder, shapes, parameters, qwen1)
+
+
+def _read(
+    folder: Path, shapes: Mapping[str, tuple[int, int]], parameters: Mapping[str, tuple[int, ...]] | None, qwen1: bool
+) -> Adapter:
+    config = _read_config(folder, served=parameters is None)
+    modules, whole = _read_tensors(folder, shapes, parameters, config)
+    translate = names.from_qwen1 if qwen1 else names.from_hugging_face
     updates: dict[str, LowRank] = {}
-    for module, (a, b) in pairs.items():
+    for module, tensors in modules.items():
+        a, b, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
         rank = _for_module(folder, config, "rank_pattern", module, config["r"])
         alpha = _for_module(folder, config, "alpha_pattern", module, config["lora_alpha"])
         _check_target(folder, config["target_modules"], module)
         _check_rank(folder, rank)
         scaling = lora_scaling(rank, alpha, rslora=config.get("use_rslora", False))
-        parts = names.from_qwen1(f"{module}.weight") if qwen1 else names.from_hugging_face(f"{module}.weight")
-        for part in parts:
+        for part in translate(f"{module}.weight"):
             name = part.name.removesuffix(".weight")
             if name not in shapes:
                 raise ValueError(f"{folder / TENSORS} has an update for {module}, but the model has no such Linear")
@@ -81,12 +116,29 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, qwen1: 
                     f"{folder / TENSORS}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
                     f"the model and rank {rank} need {list(wanted[0])} and {list(wanted[1])}"
                 )
-            rows = part.index * outputs
-            updates[name] = LowRank(_finite(folder, a, 0, rank), _finite(folder, b, rows, rows + outputs), scaling)
-    return updates
+            if magnitude is not None and magnitude.shape != (outputs * part.count,):
+                raise ValueError(
+                    f"{folder / TENSORS}: {module} has lora_magnitude_vector {list(magnitude.shape)}, "
+                    f"the model needs {[outputs * part.count]}"
+                )
+            rows = part.index * outputs, (part.index + 1) * outputs
+            lengths = None if magnitude is None else _finite(folder, magnitude, *rows)
+            updates[name] = LowRank(_finite(folder, a, 0, rank), _finite(folder, b, *rows), scaling, lengths)
+    replaced: dict[str, torch.Tensor] = {}
+    for stored in whole:
+        for part in translate(stored.name):
+            wanted_shape = (parameters or {}).get(part.name)
+            of_model = names.apply(part, stored)
+            if of_model.shape != wanted_shape:
+                has = "no such parameter" if wanted_shape is None else f"one of shape {list(wanted_shape)}"
+                raise ValueError(
+                    f"{folder / TENSORS} has {stored.name} of shape {list(stored.shape)}, but the model has {has}"
+                )
+            replaced[part.name] = _finite(folder, of_model, 0, of_model.shape[0])
+    return Adapter(updates, replaced, config)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, *, served: bool) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}, so it is no adapter")
@@ -95,23 +147,34 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, allowed is 'LORA'")
+    for key, what in _REFUSED_WHEN_SERVED.items():
+        if served and config.get(key):
+            raise ValueError(
+                f"{path}: {key} is {config[key]!r}, but {what} is not supported in {_SERVED}: "
+                "merge it with `qwenkit export`"
+            )
     for key, what in _REFUSED.items():
         if config.get(key):
             raise ValueError(f"{path}: {key} is {config[key]!r}, but {what} is not supported in an adapter")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias is {config['bias']!r}, allowed is 'none'")
+    biases = ("none",) if served else BIASES
+    if config.get("bias", "none") not in biases:
+        allowed = f"allowed {'is' if served else 'are'} {', '.join(map(repr, biases))}"
+        raise ValueError(f"{path}: bias is {config['bias']!r}, {allowed}")
     if config.get("init_lora_weights") not in _INITIALISATIONS:
         raise ValueError(
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the model's own weights; allowed are "
             f"{', '.join(map(repr, _INITIALISATIONS[1:]))}"
         )
-    if type(config.get("use_rslora", False)) is not bool:
-        raise ValueError(f"{path}: use_rslora is {config['use_rslora']!r}, allowed are true and false")
+    for key in ("use_rslora", "use_dora"):
+        if type(config.get(key, False)) is not bool:
+            raise ValueError(f"{path}: {key} is {config[key]!r}, allowed are true and false")
     config["r"] = _positive(path, "r", config.get("r", 8), whole=True)
     config["lora_alpha"] = _positive(path, "lora_alpha", config.get("lora_alpha", 8))
     targets = config.setdefault("target_modules", None)
-    if not (isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(item, str) for item in targets))):
+    if not (isinstance(targets, str) or _is_texts(targets)):
         raise ValueError(f"{path}: target_modules is {targets!r}, allowed is a list of names or a string")
+    if config.get("modules_to_save") is not None and not _is_texts(config["modules_to_save"]):
+        raise ValueError(f"{path}: modules_to_save is {config['modules_to_save']!r}, allowed is a list of names")
     for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict):
@@ -124,6 +187,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             _positive(path, f"{key}.{name}", value, whole=whole)
         config[key] = pattern
     return config
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _positive(path: Path, name: str, value: Any, *, whole: bool = False) -> Any:
@@ -152,8 +219,13 @@ def _check_target(folder: Path, targets: str | list[str], module: str) -> None:
         raise ValueError(f"{folder / TENSORS} has an update for {module}, which target_modules does not name")
 
 
-def _read_pairs(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-    """lora_A and lora_B of every module in the file, under the module's own name."""
+def _read_tensors(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    parameters: Mapping[str, tuple[int, ...]] | None,
+    config: Mapping[str, Any],
+) -> tuple[dict[str, dict[str, StoredTensor]], list[StoredTensor]]:
+    """lora_A, lora_B and the lengths of every module under the module's own name; and what the adapter replaces whole."""
     path = folder / TENSORS
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
@@ -161,26 +233,50 @@ def _read_pairs(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str
                 f"{folder} has its weights in adapter_model.bin, allowed is only {TENSORS}: convert it with peft"
             )
         raise FileNotFoundError(f"{folder} has no {TENSORS}")
+    # float64 is the widest type of either kind
     largest = _LARGEST_HEADER + 4 * MAX_RANK * sum(map(sum, shapes.values()))
+    largest += 8 * sum(map(math.prod, (parameters or {}).values()))
     if path.stat().st_size > largest:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, but an adapter of this model has at most {largest}")
-    halves: dict[str, dict[str, StoredTensor]] = {}
+    kinds = {"lora_A.weight": "A", "lora_B.weight": "B"}
+    if parameters is not None and config.get("use_dora"):
+        kinds |= {"lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    whole: list[StoredTensor] = []
     for tensor in read_file(path):
-        match = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", tensor.name.removeprefix(_PREFIX))
-        if match is None or not tensor.name.startswith(_PREFIX):
+        name = tensor.name.removeprefix(PREFIX)
+        match = re.fullmatch(r"(.+)\.(lora_.+)", name)
+        kind = kinds.get(match[2]) if match else None
+        replaces = parameters is not None and match is None and _replaces(config, name)
+        if not tensor.name.startswith(PREFIX) or not (kind or replaces):
             raise ValueError(
                 f"{path}: tensor {tensor.name} is not supported, allowed are "
-                f"{_PREFIX}….lora_A.weight and {_PREFIX}….lora_B.weight"
+                f"{PREFIX}….lora_A.weight and {PREFIX}….lora_B.weight"
+                + ("" if parameters is None else ", and what use_dora, bias and modules_to_save name")
             )
         if tensor.dtype not in ("F32", "F16", "BF16", "F64"):
             raise ValueError(f"{path}: tensor {tensor.name} is {tensor.dtype}, allowed are F32, F16, BF16 and F64")
-        halves.setdefault(match[1], {})[match[2]] = tensor
-    if not halves:
+        if match and kind:
+            modules.setdefault(match[1], {})[kind] = tensor
+        else:
+            whole.append(replace(tensor, name=_WRAPPERS.sub("", name)))
+    if not modules and not whole:
         raise ValueError(f"{path} has no tensors")
-    for module, half in halves.items():
-        if len(half) < 2:
-            raise ValueError(f"{path} has lora_{min(half)} of {module} but not the other half of its update")
-    return {module: (half["A"], half["B"]) for module, half in halves.items()}
+    for module, parts in modules.items():
+        if len(parts.keys() & {"A", "B"}) < 2:
+            raise ValueError(f"{path} has lora_{min(parts)} of {module} but not the other half of its update")
+        if "magnitude" in kinds.values() and "magnitude" not in parts:
+            raise ValueError(f"{path} has no lora_magnitude_vector of {module}, which use_dora asks for")
+    return modules, whole
+
+
+def _replaces(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor is one that the configuration says is replaced whole."""
+    module, _, kind = _WRAPPERS.sub("", name).rpartition(".")
+    if kind == "bias" and config.get("bias", "none") != "none":
+        return True
+    saved = config.get("modules_to_save") or ()
+    return any(f".{module}.".find(f".{each}.") >= 0 for each in saved)
 
 
 def _finite(folder: Path, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:

@@ -74,6 +74,25 @@ def from_qwen1(name: str) -> tuple[Part, ...]:
     )
 
 
+_TO_QWEN1 = {ours: theirs for theirs, ours in _QWEN1.items()}
+_TO_QWEN1_LAYER = {
+    target: (theirs, index, len(targets))
+    for theirs, targets in _QWEN1_LAYER.items()
+    for index, target in enumerate(targets)
+}
+
+
+def to_qwen1(name: str) -> Part:
+    """The way back: the tensor of the original Qwen-1 in which `name` lies, and which of its equal blocks of rows it is."""
+    if name in _TO_QWEN1:
+        return Part(_TO_QWEN1[name])
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None or match[2] not in _TO_QWEN1_LAYER:
+        return Part(name)
+    theirs, index, count = _TO_QWEN1_LAYER[match[2]]
+    return Part(f"transformer.h.{match[1]}.{theirs}.{match[3]}", index, count)
+
+
 _GGUF = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
