@@ -51,6 +51,11 @@ class LowRank:
             return total
         return total * (self.magnitude.float() / _lengths(total))[:, None]
 
+    def to(self, device: torch.device | str) -> LowRank:
+        """The same on a device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return LowRank(self.a.to(device), self.b.to(device), self.scaling, magnitude)
+
     def lengths(self, weight: torch.Tensor) -> torch.Tensor:
         """Of each row of the matrix (out, in) and the update together: (out,) fp32."""
         a, parts = self.a.float(), zip(weight.split(_ROWS), self.b.split(_ROWS), strict=True)

@@ -1,4 +1,4 @@
-"""Writes LoRA adapters as peft stores them. In: updates by the name of their Linear, parameters that are replaced whole, settings.
+"""Writes LoRA adapters as peft stores them. In: updates by the name of their Linear, what is replaced whole, settings.
 Out: adapter_config.json and adapter_model.safetensors, which peft, vLLM and adapter.py load.
 
 Names are Hugging Face's, or the original Qwen-1's, in which updates of q, k and v are one of c_attn.

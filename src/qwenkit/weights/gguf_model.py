@@ -111,10 +111,10 @@ class GgufCheckpoint:
     def chat(self) -> ChatFormat | None:
         template = self._string("tokenizer.chat_template", "")
         if template:
-            return JinjaChat(self.tokenizer(), template, variables=self._named_tokens())
+            return JinjaChat(self.tokenizer(), template, variables=self.named_tokens())
         return Qwen1Chat(self.tokenizer(), max_window_size=QWEN1_WINDOW) if self._is_qwen1_chat() else None
 
-    def _named_tokens(self) -> dict[str, str]:
+    def named_tokens(self) -> dict[str, str]:
         """What a template may call bos_token, eos_token, …"""
         tokens = self._list("tokens", str)
         found: dict[str, str] = {}

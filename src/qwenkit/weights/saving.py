@@ -1,0 +1,264 @@
+"""How a model folder is written. In: parameters under Hugging Face's names, each with a way to make it, and the checkpoint that
+the rest comes from. Out: config.json, generation_config.json, weights in shards, tokenizer files and chat template.
+
+Such a folder loads by itself here, in transformers and in vLLM. A Qwen-1 keeps its own names and its own *.py files, so that it
+loads here and by transformers' remote code. Tensors are made and written one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qwenkit.weights import names
+from qwenkit.weights.checkpoint import Checkpoint
+from qwenkit.weights.gguf_model import GgufCheckpoint
+from qwenkit.weights.gguf_tokenizer import write_tokenizer
+from qwenkit.weights.stored import DTYPES, read_json
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_STEMS = {False: ("model", "safetensors"), True: ("pytorch_model", "bin")}
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "qwen.tiktoken", "chat_template.jinja"),
+)
+ARCHITECTURES = {
+    "qwen": "QWenLMHeadModel",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A tensor that is to be written: made when its turn comes, then cast to `dtype`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def tensor(self) -> torch.Tensor:
+        made = self.make().detach()
+        assert made.shape == self.shape, self.name
+        return made.to("cpu", self.dtype).contiguous()
+
+
+@dataclass(frozen=True)
+class Form:
+    """How weights are written: bytes of the largest file (one tensor may be larger), and .bin instead of safetensors."""
+
+    shard_bytes: int = 5 * 10**9
+    legacy: bool = False
+
+
+@contextmanager
+def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, beside `folder`, whose place it takes at the end; after an error nothing of it is left.
+
+    ValueError where `folder` holds something and `overwrite` is not given.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output is {str(folder)!r}, which is a file; allowed is a folder")
+    full = folder.is_dir() and any(folder.iterdir())
+    if full and not overwrite:
+        raise ValueError(f"output is {str(folder)!r}, which is not empty; allowed is a new folder, or --overwrite")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        beside.mkdir()
+        yield beside
+        if full:
+            os.replace(folder, aside)
+        os.replace(beside, folder)
+    finally:
+        for leftover in (beside, aside):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def into_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write model files into, from which each moves to `folder`, config.json last; older weights there go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".saving.{os.getpid()}.part"
+    try:
+        beside.mkdir()
+        yield beside
+        for path in folder.iterdir():
+            if _WEIGHTS.fullmatch(path.name) and not (beside / path.name).exists():
+                path.unlink()
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_model(
+    folder: Path,
+    tensors: Sequence[Outgoing],
+    checkpoint: Checkpoint,
+    changes: Mapping[str, Any],
+    form: Form | None = None,
+    *,
+    chat_template: str | None = None,
+    progress: bool = False,
+) -> None:
+    """Write a whole model into an empty folder.
+
+    `changes` go into config.json; a value of None takes the key out. `chat_template` replaces the checkpoint's own.
+    """
+    config = {**checkpoint.config, **changes}
+    config.setdefault("architectures", [ARCHITECTURES[config["model_type"]]])
+    config = {
+        key: value for key, value in config.items() if value is not None or key in checkpoint.config.keys() - changes
+    }
+    if config["model_type"] == "qwen":
+        tensors = fused_as_qwen1(tensors)
+    write_weights(folder, tensors, form or Form(), progress=progress)
+    copy_tokenizer(folder, checkpoint, chat_template=chat_template)
+    generation = generation_config(checkpoint)
+    if generation:
+        _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "config.json", config)
+
+
+def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's own, with every token that ends an answer: a server that knows only the first of two would not stop."""
+    generation = dict(checkpoint.generation_config)
+    ids = list(checkpoint.eos_token_ids)
+    if ids and checkpoint.config["model_type"] != "qwen":
+        generation["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    return generation
+
+
+def copy_tokenizer(folder: Path, checkpoint: Checkpoint, *, chat_template: str | None = None) -> None:
+    """The checkpoint's tokenizer and template as files; those that a GGUF holds are written anew.
+
+    A checkpoint without a tokenizer gives none. *.py files travel along where the checkpoint says that it needs them, as data.
+    """
+    if isinstance(checkpoint, GgufCheckpoint):
+        write_tokenizer(folder, checkpoint)
+    else:
+        patterns = list(_TOKENIZER_FILES)
+        if "auto_map" in checkpoint.config:
+            patterns += ["*.py", "*.cpp", "*.cu"]
+        for path in (path for pattern in patterns for path in checkpoint.path.glob(pattern) if path.is_file()):
+            shutil.copyfile(path, folder / path.name)
+    if chat_template is not None:
+        settings = folder / "tokenizer_config.json"
+        known = read_json(settings) if settings.is_file() else {}
+        _write_json(settings, known | {"chat_template": chat_template})
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def fused_as_qwen1(tensors: Sequence[Outgoing]) -> list[Outgoing]:
+    """The same tensors under the original Qwen-1's names: q, k and v are one."""
+    parts: dict[str, dict[int, Outgoing]] = {}
+    for tensor in tensors:
+        part = names.to_qwen1(tensor.name)
+        parts.setdefault(part.name, {})[part.index] = tensor
+    return [_joined(name, [found[index] for index in sorted(found)]) for name, found in parts.items()]
+
+
+def _joined(name: str, parts: Sequence[Outgoing]) -> Outgoing:
+    first = parts[0]
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return Outgoing(name, shape, first.dtype, lambda: torch.cat([part.make() for part in parts]))
+
+
+def write_weights(folder: Path, tensors: Sequence[Outgoing], form: Form, *, progress: bool = False) -> None:
+    """The tensors in one file, or in shards with an index."""
+    stem, suffix = _STEMS[form.legacy]
+    shards: list[list[Outgoing]] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or tensor.num_bytes > room:
+            shards.append([])
+            room = form.shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.num_bytes
+    weight_map: dict[str, str] = {}
+    with tqdm(total=len(tensors), desc="writing", unit="tensor", disable=None if progress else True) as bar:
+        for number, shard in enumerate(shards, 1):
+            one_of_many = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+            name = f"{stem}{one_of_many}.{suffix}"
+            (_write_bin if form.legacy else _write_safetensors)(folder / name, shard, bar)
+            weight_map |= {tensor.name: name for tensor in shard}
+    if len(shards) > 1:
+        total = sum(tensor.num_bytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / f"{stem}.{suffix}.index.json", index)
+
+
+def _write_safetensors(path: Path, tensors: Sequence[Outgoing], bar: Any) -> None:
+    """One safetensors file, the header first: sizes are known before any tensor is made."""
+    tensors = sorted(
+        tensors, key=lambda tensor: -tensor.dtype.itemsize
+    )  # so that each begins at a multiple of its width
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            file.write(tensor.tensor().reshape(-1).view(torch.uint8).numpy().data)
+            bar.update()
+
+
+def _write_bin(path: Path, tensors: Sequence[Outgoing], bar: Any) -> None:
+    """A plain dictionary of tensors, as torch.save writes it."""
+    state = {}
+    for tensor in tensors:
+        made = tensor.tensor()
+        state[tensor.name] = made.clone() if made.untyped_storage().nbytes() > tensor.num_bytes else made
+        bar.update()
+    torch.save(state, path)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_UNITS = {"": 1, "B": 1} | {
+    unit: factor
+    for power, letter in enumerate("KMGT", start=1)
+    for unit, factor in ((letter + "IB", 1024**power), (letter + "B", 1000**power), (letter, 1000**power))
+}
+
+
+def parse_size(field: str, text: str | float) -> int:
+    """Bytes of `5GB`, `500 MiB`, or of a plain number of GB (as LLaMA-Factory's export_size). ValueError naming the field."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = match[2].upper() or "GB" if match else ""
+    size = int(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
+    if size < 1:
+        raise ValueError(f"{field} is {text!r}, allowed is a size such as 4GB or 500MiB, or a number of GB")
+    return size
