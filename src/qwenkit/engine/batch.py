@@ -17,7 +17,8 @@ class Paged:
     """Attention over a paged key/value cache: every token writes its slot, then reads its own request's blocks.
 
     Row i's new tokens stand in the stream from query_starts[i] (int64) to query_starts[i + 1]; those included it has
-    context_lengths[i] (int64) tokens, in the blocks that block_tables[i] (int32, padded to the longest) begins with.
+    context_lengths[i] (int64) tokens, in the blocks that block_tables[i] (int32, padded to the longest) begins with. places (T,)
+    int64 are the tokens' places in the caches' KeyBias, where they have one.
     """
 
     caches: Sequence[KVCache]
@@ -26,13 +27,16 @@ class Paged:
     context_lengths: torch.Tensor
     block_tables: torch.Tensor
     rope_alpha: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int | None
     ) -> torch.Tensor:
         cache = self.caches[layer]
-        ops.write_cache(k, v, cache, self.slots)
-        return ops.paged_attention(q, cache, self.query_starts, self.context_lengths, self.block_tables, window)
+        ops.write_cache(k, v, cache, self.slots, self.places)
+        return ops.paged_attention(
+            q, cache, self.query_starts, self.context_lengths, self.block_tables, window, self.places
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,13 @@ class Batch:
             if sequence.rope_alpha is not None:
                 alphas += [sequence.rope_alpha] * row.num_tokens
         assert len(alphas) in (0, len(ids))
+        places = None
+        key_bias = next((cache.key_bias for cache in caches if cache.key_bias is not None), None)
+        if key_bias is not None:
+            stretches = alphas or [1.0] * len(ids)
+            places = [
+                key_bias.place(position, stretch) for position, stretch in zip(positions, stretches, strict=True)
+            ]
         ctx = Paged(
             caches=caches,
             slots=torch.tensor(slots, device=device),
@@ -75,6 +86,7 @@ class Batch:
             context_lengths=torch.tensor([row.sequence.num_computed + row.num_tokens for row in rows], device=device),
             block_tables=_padded([row.sequence.block_table for row in rows]).to(device),
             rope_alpha=torch.tensor(alphas, device=device) if alphas else None,
+            places=None if places is None else torch.tensor(places, device=device),
         )
         return cls(
             rows=rows,

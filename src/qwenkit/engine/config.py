@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 WEIGHTS = ("auto", "float", "bf16", "int8", "int4")
 
 
@@ -27,7 +27,7 @@ class EngineConfig:
         None, "longest prompt plus answer, in tokens (default: what model and memory allow)"
     )
     kv_memory: str | None = option(None, "memory for keys and values, such as 2GiB (default: a share of what is free)")
-    kv_cache_dtype: str = option("auto", "keys and values in memory: auto, float32, bfloat16, float16 or int8")
+    kv_cache_dtype: str = option("auto", "keys and values in memory: auto, float32, bfloat16, float16, int8 or int4")
     max_num_seqs: int = option(64, "how many requests run at the same time")
     max_batch_tokens: int = option(2048, "most tokens in one step; longer prompts are read in chunks")
     block_size: int = option(16, "tokens in one block of the key/value cache")

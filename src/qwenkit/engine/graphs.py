@@ -107,14 +107,15 @@ class _Step:
         lengths = torch.ones(size, dtype=torch.int64)
         tables = torch.full((size, max_blocks), spare, dtype=torch.int32)
         self._cos, self._sin = torch.zeros(size, half), torch.zeros(size, half)
-        ctx = Paged(caches, slots, torch.arange(size + 1), lengths, tables)
+        places = torch.zeros(size, dtype=torch.int64)  # positions: a request with another rotary stretch is not replayed
+        ctx = Paged(caches, slots, torch.arange(size + 1), lengths, tables, places=places)
         positions = Positions(self._cos, self._sin, None)
         with native.executor.record() as program, _Watch():
             self._logits = model.logits(model.model(ids, positions, ctx))
         self._replay = program.finish(native.executor.library)
         # the same memory as numpy sees it, which is quicker to write from lists
         self._ids, self._slots, self._lengths = ids.numpy(), slots.numpy(), lengths.numpy()
-        self._tables, self._spare = tables.numpy(), spare
+        self._tables, self._spare, self._places = tables.numpy(), spare, places.numpy()
 
     def run(self, rows: list[Row], table: Positions) -> torch.Tensor:
         count, block_size = len(rows), self._block_size
@@ -124,9 +125,11 @@ class _Step:
             self._ids[place] = row.sequence.tokens[position]
             self._slots[place] = blocks[position // block_size] * block_size + position % block_size
             self._lengths[place] = position + 1
+            self._places[place] = position
             self._tables[place, : len(blocks)] = blocks
         self._slots[count:] = self._spare * block_size
         self._lengths[count:] = 1
+        self._places[count:] = 0
         self._tables[count:, 0] = self._spare
         index = torch.tensor(positions + [0] * (self._cos.shape[0] - count))
         torch.index_select(table.cos, 0, index, out=self._cos)

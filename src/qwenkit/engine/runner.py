@@ -14,10 +14,11 @@ from qwenkit import ops
 from qwenkit.engine.adapters import Adapters
 from qwenkit.engine.batch import Batch
 from qwenkit.engine.graphs import DecodeGraphs
+from qwenkit.engine.key_bias import key_biases
 from qwenkit.engine.scheduler import Row
 from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen
-from qwenkit.ops.cache import KVCache, bytes_per_token
+from qwenkit.ops.cache import QUANTIZED, KeyBias, KVCache, bytes_per_token
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -39,7 +40,8 @@ class Computed:
 class Runner:
     """`caches[layer]` has num_blocks + 1 blocks in cache_dtype (by default the model's dtype); the last block is spare.
 
-    The memory is reserved at once and, on a CPU, becomes resident as blocks are first written.
+    The memory is reserved at once and, on a CPU, becomes resident as blocks are first written. `split_key_bias`: a quantized
+    cache holds keys without the model's key bias (ops.cache.KeyBias).
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Runner:
         max_model_len: int,
         graphs: bool = True,
         cache_dtype: torch.dtype | None = None,
+        split_key_bias: bool = True,
     ) -> None:
         self.model = model.eval()
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -58,9 +61,12 @@ class Runner:
         self.device = norm.device
         config = model.config
         heads, dim = config.num_key_value_heads, config.head_dim
+        dtype = cache_dtype or norm.dtype
+        biases: list[KeyBias | None] = [None] * config.num_hidden_layers
+        if split_key_bias and dtype in QUANTIZED:
+            biases = key_biases(model, dtype, max_model_len)
         self.caches = [
-            KVCache.empty(num_blocks + 1, block_size, heads, dim, cache_dtype or norm.dtype, self.device)
-            for _ in range(config.num_hidden_layers)
+            KVCache.empty(num_blocks + 1, block_size, heads, dim, dtype, self.device, key_bias=bias) for bias in biases
         ]
         self.adapters = Adapters(model)
         native = ops.native()

@@ -140,12 +140,14 @@ def sample(
     return implementation.sample(logits, temperature, top_k, top_p, min_p, uniform)
 
 
-def write_cache(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> None:
+def write_cache(
+    k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor, places: torch.Tensor | None = None
+) -> None:
     chosen = _native_for(k, v)
     if chosen is None or not chosen.can_cache(cache):
-        reference.write_cache(k, v, cache, slots)
+        reference.write_cache(k, v, cache, slots, places)
     else:
-        chosen.write_cache(k, v, cache, slots)
+        chosen.write_cache(k, v, cache, slots, places)
 
 
 def paged_attention(
@@ -155,8 +157,9 @@ def paged_attention(
     context_lengths: torch.Tensor,
     block_tables: torch.Tensor,
     window: int | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     chosen = _native_for(q)
     if chosen is None or not chosen.can_cache(cache) or not chosen.can_attend(q, cache):
-        return reference.paged_attention(q, cache, query_starts, context_lengths, block_tables, window)
-    return chosen.paged_attention(q, cache, query_starts, context_lengths, block_tables, window)
+        return reference.paged_attention(q, cache, query_starts, context_lengths, block_tables, window, places)
+    return chosen.paged_attention(q, cache, query_starts, context_lengths, block_tables, window, places)

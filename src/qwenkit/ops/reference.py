@@ -84,9 +84,11 @@ def packed_attention(
     return torch.cat([attention(*document, window=window) for document in documents])
 
 
-def write_cache(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> None:
-    """Store this step's keys and values (T, K, D) at their slots (T,) of the cache."""
-    cache.write(k, v, slots)
+def write_cache(
+    k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor, places: torch.Tensor | None = None
+) -> None:
+    """Store this step's keys and values (T, K, D) at their slots (T,) of the cache. places (T,) int64: see KeyBias."""
+    cache.write(k, v, slots, places)
 
 
 def paged_attention(
@@ -96,19 +98,21 @@ def paged_attention(
     context_lengths: torch.Tensor,
     block_tables: torch.Tensor,
     window: int | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of several requests' new tokens over their histories in a paged cache.
 
     q (T, H, D) holds the new tokens of all rows end to end, those of row i from query_starts[i] to query_starts[i + 1]
     (int64, rows + 1). Row i's history, its new tokens included, is context_lengths[i] (int64) tokens long and lies in the first
-    blocks of block_tables[i] (int32, (rows, most blocks)).
+    blocks of block_tables[i] (int32, (rows, most blocks)). places (T,) int64 are needed where the cache has a KeyBias.
     """
     starts, lengths = query_starts.tolist(), context_lengths.tolist()
     out = []
     for row, length in enumerate(lengths):
         queries = q[starts[row] : starts[row + 1]]
         assert 0 < queries.shape[0] <= length <= block_tables.shape[1] * cache.block_size
-        keys, values = cache.read(block_tables[row, : -(-length // cache.block_size)], length, q.dtype)
+        first_place = 0 if places is None else int(places[starts[row]]) - (length - queries.shape[0])
+        keys, values = cache.read(block_tables[row, : -(-length // cache.block_size)], length, q.dtype, first_place)
         out.append(attention(queries, keys, values, window=window))
     return torch.cat(out)
 

@@ -20,10 +20,10 @@ struct Heads {
   float scale;
 };
 
-// A query for int8 keys: 16 bits as a coarse and a fine row of int8. The sums of products begin at `start`, which takes the 128 away
-// that every key has too much.
+// A query for int8 and int4 keys: 16 bits as a coarse and a fine row of int8. The sums of products begin at `start`, which takes the
+// 128 away that every int8 key has too much. `total` is the sum of the query's channels, for what is added to int4 keys.
 struct QueryRow {
-  float scale;
+  float scale, total;
   int32_t start[2];
 };
 
@@ -34,6 +34,9 @@ struct Pass {
   alignas(64) float values[KEYS * MAX_DIM];          // values of a tile as fp32
   QueryRow query_rows[MAX_PASS];
   alignas(64) int8_t queries[MAX_PASS * 2 * MAX_DIM];  // [row][coarse, fine][dim]
+  float turns[MAX_PASS * MAX_DIM];                     // [row][angle]: what its cosine and its sine add to the row's scores
+  int64_t angles[MAX_DIM / 2];                         // those whose pairs of channels have a bias
+  int num_angles;
 };
 
 // What a tile of 32 positions reads. keys[half] has a vector of 16 lanes every `stride` bytes; scales are those of its lanes.
@@ -42,8 +45,10 @@ struct Tile {
   int64_t stride;
   alignas(64) float key_scale[KEYS], value_scale[KEYS];
   const float* values[KEYS];
+  const float *cos[2], *sin[2];  // of the first angle at the positions of each half, with a key bias
 };
 
+template <int PACK>
 inline void quantize_query(const float* q, int64_t dim, QueryRow& row, int8_t* out) {
   float largest = 0;
   for (int64_t d = 0; d < dim; d++) largest = std::fabs(q[d]) > largest ? std::fabs(q[d]) : largest;
@@ -58,7 +63,51 @@ inline void quantize_query(const float* q, int64_t dim, QueryRow& row, int8_t* o
     sums[0] += coarse, sums[1] += fine;
   }
   row.scale = largest / steps + nothing;
-  row.start[0] = -128 * sums[0], row.start[1] = -128 * sums[1];
+  row.total = row.scale * ((float)sums[0] * 256.0f + (float)sums[1]);
+  row.start[0] = PACK == CACHE_INT8 ? -128 * sums[0] : 0, row.start[1] = PACK == CACHE_INT8 ? -128 * sums[1] : 0;
+}
+
+// With a key bias b: what queries times its rotation are, as weights of the cosine and the sine of each angle. Channels that do not
+// rotate add the same to all of a query's scores, which changes no probability.
+inline void turn_queries(const Heads& h, const KeyBias& bias, const float* b, const float* q, int64_t q_stride, int rows, Pass& pass) {
+  const int64_t group = h.heads / h.kv_heads, half = bias.half;
+  pass.num_angles = 0;
+  for (int64_t d = 0; d < half; d++)
+    if (b[d] != 0 || b[half + d] != 0) pass.angles[pass.num_angles++] = d;
+  for (int r = 0; r < rows; r++) {
+    const float* query = q + r / group * q_stride + r % group * h.dim;
+    float* turns = pass.turns + r * 2 * half;
+    for (int i = 0; i < pass.num_angles; i++) {
+      const int64_t d = pass.angles[i];
+      turns[2 * i] = h.scale * (query[d] * b[d] + query[half + d] * b[half + d]);
+      turns[2 * i + 1] = h.scale * (query[half + d] * b[d] - query[d] * b[half + d]);
+    }
+  }
+}
+
+// Adds R queries times the rotated bias to their scores.
+template <int R>
+inline void add_bias(const Pass& pass, const KeyBias& bias, const int* rows, const Tile& tile, float (*scores)[KEYS]) {
+  F16 low[R], high[R];
+  const float* turns[R];
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    low[r] = f_load(scores[r]), high[r] = f_load(scores[r] + LANES);
+    turns[r] = pass.turns + rows[r] * 2 * bias.half;
+  }
+  for (int i = 0; i < pass.num_angles; i++) {
+    const int64_t at = pass.angles[i] * bias.length;
+    const F16 cos0 = f_load(tile.cos[0] + at), cos1 = f_load(tile.cos[1] + at);
+    const F16 sin0 = f_load(tile.sin[0] + at), sin1 = f_load(tile.sin[1] + at);
+    QK_UNROLL
+    for (int r = 0; r < R; r++) {
+      const F16 a = f_set1(turns[r][2 * i]), b = f_set1(turns[r][2 * i + 1]);
+      low[r] = f_fma(b, sin0, f_fma(a, cos0, low[r]));
+      high[r] = f_fma(b, sin1, f_fma(a, cos1, high[r]));
+    }
+  }
+  QK_UNROLL
+  for (int r = 0; r < R; r++) f_store(scores[r], low[r]), f_store(scores[r] + LANES, high[r]);
 }
 
 // Scores of R queries against fp32 or bf16 keys.
@@ -95,8 +144,8 @@ inline void score_floats(const float* const* queries, const Tile& tile, int64_t 
   }
 }
 
-// Scores of R queries against int8 keys; rows[r] is the place of a query in the pass.
-template <int R>
+// Scores of R queries against int8 or int4 keys; rows[r] is the place of a query in the pass.
+template <int PACK, int R>
 inline void score_bytes(const Pass& pass, const int* rows, const Tile& tile, int64_t dim, float scale, float (*scores)[KEYS]) {
   I16 coarse[2][R], fine[2][R];
   const int8_t* queries[R];
@@ -107,16 +156,36 @@ inline void score_bytes(const Pass& pass, const int* rows, const Tile& tile, int
     fine[0][r] = fine[1][r] = i_set1(pass.query_rows[rows[r]].start[1]);
   }
   const uint8_t *k0 = tile.keys[0], *k1 = tile.keys[1];
-  for (int64_t d = 0; d < dim; d += 4, k0 += tile.stride, k1 += tile.stride) {
-    const I16 key0 = i_load(k0), key1 = i_load(k1);
+  for (int64_t d = 0; d < dim; d += PACK, k0 += tile.stride, k1 += tile.stride) {
+    const I16 lanes0 = i_load(k0), lanes1 = i_load(k1);
+    QK_UNROLL
+    for (int part = 0; part < PACK / 4; part++) {
+      const I16 key0 = PACK == CACHE_INT8 ? lanes0 : part ? i_high_nibbles(lanes0) : i_low_nibbles(lanes0);
+      const I16 key1 = PACK == CACHE_INT8 ? lanes1 : part ? i_high_nibbles(lanes1) : i_low_nibbles(lanes1);
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
+        const I16 high = i_broadcast(queries[r] + d + part * 4), low = i_broadcast(queries[r] + dim + d + part * 4);
+        coarse[0][r] = i_dot(coarse[0][r], key0, high);
+        coarse[1][r] = i_dot(coarse[1][r], key1, high);
+        fine[0][r] = i_dot(fine[0][r], key0, low);
+        fine[1][r] = i_dot(fine[1][r], key1, low);
+      }
+    }
+  }
+  if (PACK == CACHE_INT4) {
+    const I16 pair0 = i_load(tile.key_scale), pair1 = i_load(tile.key_scale + LANES);
+    const F16 scale0 = f_mul(f_even_bf16(pair0), f_set1(scale)), scale1 = f_mul(f_even_bf16(pair1), f_set1(scale));
+    const F16 offset0 = f_mul(f_odd_bf16(pair0), f_set1(scale)), offset1 = f_mul(f_odd_bf16(pair1), f_set1(scale));
     QK_UNROLL
     for (int r = 0; r < R; r++) {
-      const I16 high = i_broadcast(queries[r] + d), low = i_broadcast(queries[r] + dim + d);
-      coarse[0][r] = i_dot(coarse[0][r], key0, high);
-      coarse[1][r] = i_dot(coarse[1][r], key1, high);
-      fine[0][r] = i_dot(fine[0][r], key0, low);
-      fine[1][r] = i_dot(fine[1][r], key1, low);
+      const QueryRow& row = pass.query_rows[rows[r]];
+      const F16 step = f_set1(row.scale), steps = f_set1(256.0f), total = f_set1(row.total);
+      const F16 sum0 = f_mul(f_fma(f_of_i(coarse[0][r]), steps, f_of_i(fine[0][r])), step);
+      const F16 sum1 = f_mul(f_fma(f_of_i(coarse[1][r]), steps, f_of_i(fine[1][r])), step);
+      f_store(scores[r], f_fma(sum0, scale0, f_mul(total, offset0)));
+      f_store(scores[r] + LANES, f_fma(sum1, scale1, f_mul(total, offset1)));
     }
+    return;
   }
   const F16 scale0 = f_mul(f_load(tile.key_scale), f_set1(scale)), scale1 = f_mul(f_load(tile.key_scale + LANES), f_set1(scale));
   QK_UNROLL
@@ -169,8 +238,8 @@ inline void add_all_values(float* const* rows, const float* corrections, float (
 
 // Rows `first` .. `first + R` of a pass against the keys from position `start`. A row is one head of one token.
 template <int PACK, int R>
-inline void attend_rows(const Heads& h, Pass& pass, const Tile& tile, int first, int rows, const float* q, int64_t q_stride,
-                        int64_t start, int64_t first_position) {
+inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const Tile& tile, int first, int rows, const float* q,
+                        int64_t q_stride, int64_t start, int64_t first_position) {
   const int64_t group = h.heads / h.kv_heads, dim = h.dim;
   int row_of[R];
   float* sums[R];
@@ -180,9 +249,12 @@ inline void attend_rows(const Heads& h, Pass& pass, const Tile& tile, int first,
     row_of[r] = first + r < rows ? first + r : rows - 1;
     sums[r] = pass.sums + (first + r) * dim;
   }
-  if (PACK == CACHE_INT8) {
-    score_bytes<(R < 4 ? R : 4)>(pass, row_of, tile, dim, h.scale, scores);
-    if (R == 8) score_bytes<(R < 4 ? R : 4)>(pass, row_of + 4 % R, tile, dim, h.scale, scores + 4 % R);
+  if (PACK >= CACHE_INT8) {
+    constexpr int PART = R < 4 ? R : 4;
+    for (int r = 0; r < R; r += PART) {
+      score_bytes<PACK, PART>(pass, row_of + r, tile, dim, h.scale, scores + r);
+      if (bias) add_bias<PART>(pass, *bias, row_of + r, tile, scores + r);
+    }
   } else {
     const float* queries[R];
     for (int r = 0; r < R; r++) queries[r] = q + row_of[r] / group * q_stride + row_of[r] % group * dim;
@@ -240,7 +312,7 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
     if (size % LANES == 0) {
       tile.keys[half] = cache.key_lane(table[block], kv_head, inside);
       tile.stride = size * 4;
-      if (PACK == CACHE_INT8)
+      if (PACK >= CACHE_INT8)
         f_store(tile.key_scale + half * LANES, f_load(cache.key_scale + cache.head_of(table[block], kv_head) * size + inside));
     } else {
       tile.keys[half] = pass.keys[half];
@@ -249,7 +321,7 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
         const int64_t position = from + j < last ? from + j : last, at = table[position / size];
         const uint8_t* lane = cache.key_lane(at, kv_head, position % size);
         for (int64_t d = 0; d < dim / PACK; d++) memcpy(pass.keys[half] + (d * LANES + j) * 4, lane + d * size * 4, 4);
-        if (PACK == CACHE_INT8) tile.key_scale[half * LANES + j] = cache.key_scale[cache.head_of(at, kv_head) * size + position % size];
+        if (PACK >= CACHE_INT8) tile.key_scale[half * LANES + j] = cache.key_scale[cache.head_of(at, kv_head) * size + position % size];
       }
     }
   }
@@ -260,8 +332,10 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
       tile.values[j] = (const float*)row;
     } else {
       tile.values[j] = pass.values + j * dim;
-      widen<PACK>(row, pass.values + j * dim, dim);
-      if (PACK == CACHE_INT8) tile.value_scale[j] = cache.value_scale[cache.head_of(table[block], kv_head) * size + inside];
+      const float* scale = cache.value_scale + cache.head_of(table[block], kv_head) * size + inside;
+      if (PACK == CACHE_INT4) widen_nibbles(row, (const uint8_t*)scale, pass.values + j * dim, dim);
+      else widen<PACK>(row, pass.values + j * dim, dim);
+      if (PACK == CACHE_INT8) tile.value_scale[j] = *scale;
     }
     if (position < last) {
       position++;
@@ -282,26 +356,31 @@ inline void prefetch_tile(const Cache& cache, const int32_t* table, int64_t kv_h
 }
 
 template <int PACK>
-inline void attend_pass(const Heads& h, const Cache& cache, const float* q, int64_t q_stride, float* out, const int32_t* table,
-                        int64_t kv_head, int64_t first_position, int tokens) {
+inline void attend_pass(const Heads& h, const Cache& cache, const KeyBias* bias, int64_t first_place, const float* q, int64_t q_stride,
+                        float* out, const int32_t* table, int64_t kv_head, int64_t first_position, int tokens) {
   static thread_local Pass pass;
   const int64_t group = h.heads / h.kv_heads, dim = h.dim;
   const int rows = (int)(tokens * group);
   for (int r = 0; r < rows + PAD; r++) pass.largest[r] = -INFINITY, pass.weight_sum[r] = 0;
   memset(pass.sums, 0, (rows + PAD) * dim * sizeof(float));
-  if (PACK == CACHE_INT8)
+  if (PACK >= CACHE_INT8)
     for (int r = 0; r < rows; r++)
-      quantize_query(q + r / group * q_stride + r % group * dim, dim, pass.query_rows[r], pass.queries + r * 2 * dim);
+      quantize_query<PACK>(q + r / group * q_stride + r % group * dim, dim, pass.query_rows[r], pass.queries + r * 2 * dim);
+  if (bias) turn_queries(h, *bias, bias->bias + kv_head * dim, q, q_stride, rows, pass);
   const int64_t last_position = first_position + tokens - 1;
   const int64_t start_at = h.window > 0 && first_position >= h.window ? first_position - h.window + 1 : 0;
   Tile tile;
   for (int64_t start = start_at / KEYS * KEYS; start <= last_position; start += KEYS) {
     prefetch_tile(cache, table, kv_head, start + KEYS, last_position);
     open_tile<PACK>(cache, table, kv_head, start, last_position, pass, tile);
+    for (int half = 0; bias && half < 2; half++) {
+      tile.cos[half] = bias->table + first_place + start + half * LANES;
+      tile.sin[half] = tile.cos[half] + bias->half * bias->length;
+    }
     int r = start > first_position ? (int)((start - first_position) * group) : 0;  // earlier tokens see none of these keys
-    for (; r + 4 < rows; r += 8) attend_rows<PACK, 8>(h, pass, tile, r, rows, q, q_stride, start, first_position);
-    for (; r + 1 < rows; r += 4) attend_rows<PACK, 4>(h, pass, tile, r, rows, q, q_stride, start, first_position);
-    for (; r < rows; r++) attend_rows<PACK, 1>(h, pass, tile, r, rows, q, q_stride, start, first_position);
+    for (; r + 4 < rows; r += 8) attend_rows<PACK, 8>(h, bias, pass, tile, r, rows, q, q_stride, start, first_position);
+    for (; r + 1 < rows; r += 4) attend_rows<PACK, 4>(h, bias, pass, tile, r, rows, q, q_stride, start, first_position);
+    for (; r < rows; r++) attend_rows<PACK, 1>(h, bias, pass, tile, r, rows, q, q_stride, start, first_position);
   }
   for (int r = 0; r < rows; r++) {
     float* to = out + r / group * q_stride + r % group * dim;
@@ -312,6 +391,7 @@ inline void attend_pass(const Heads& h, const Cache& cache, const float* q, int6
 
 template <int PACK>
 inline void attend_all(const Op& op, const Heads& h, const Cache& cache, int thread, int threads) {
+  const KeyBias* bias = PACK >= CACHE_INT8 ? (const KeyBias*)op.p[9] : nullptr;
   const int64_t *starts = (const int64_t*)op.p[7], *lengths = (const int64_t*)op.p[8];
   const int64_t group = h.heads / h.kv_heads, q_stride = h.heads * h.dim;
   int64_t step = MAX_PASS / group;
@@ -324,20 +404,22 @@ inline void attend_all(const Op& op, const Heads& h, const Cache& cache, int thr
         if (item % threads != thread) continue;
         const int count = (int)(from + step <= tokens ? step : tokens - from);
         const int64_t at = (starts[row] + from) * q_stride + kv_head * group * h.dim;
-        attend_pass<PACK>(h, cache, (const float*)op.p[1] + at, q_stride, (float*)op.p[0] + at, (const int32_t*)op.p[6] + row * h.max_blocks,
-                          kv_head, history + from, count);
+        const int64_t first_place = bias ? bias->places[starts[row]] - history : 0;
+        attend_pass<PACK>(h, cache, bias, first_place, (const float*)op.p[1] + at, q_stride, (float*)op.p[0] + at,
+                          (const int32_t*)op.p[6] + row * h.max_blocks, kv_head, history + from, count);
       }
   }
 }
 
-// p: out, q, keys, values, key scales, value scales, block tables (int32), query starts (int64, rows + 1), context lengths (int64);
-// n: rows, heads, kv_heads, head_dim, block_size, blocks in a table, window (0: none), pack; x: scale of the scores.
+// p: out, q, keys, values, key scales, value scales, block tables (int32), query starts (int64, rows + 1), context lengths (int64),
+// KeyBias (as five int64, or null); n: rows, heads, kv_heads, head_dim, block_size, blocks in a table, window (0: none), pack; x: scale of the scores.
 // q and out are [tokens][heads][head_dim].
 void attend(const Op& op, int thread, int threads) {
   const Heads h = {op.n[1], op.n[2], op.n[3], op.n[4], op.n[5], op.n[6], (float)op.x};
   const Cache cache = {(uint8_t*)op.p[2], (uint8_t*)op.p[3], (float*)op.p[4], (float*)op.p[5], h.kv_heads, h.dim, h.block_size, (int)op.n[7]};
   if (cache.pack == CACHE_FP32) attend_all<CACHE_FP32>(op, h, cache, thread, threads);
   else if (cache.pack == CACHE_BF16) attend_all<CACHE_BF16>(op, h, cache, thread, threads);
+  else if (cache.pack == CACHE_INT4) attend_all<CACHE_INT4>(op, h, cache, thread, threads);
   else attend_all<CACHE_INT8>(op, h, cache, thread, threads);
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from qwenkit.ops.cache import KVCache
@@ -18,7 +19,7 @@ from qwenkit.ops.packed import PackedWeight
 # answers when they are rounded to 8. Decoding waits for memory and hardly notices; a prompt takes up to twice the products.
 FINE_GROUP = 32
 MAX_HEAD_DIM, MAX_GROUP = 256, 128  # cache.h: MAX_DIM; attention.h: heads that share a key head within MAX_PASS
-CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int4)
 
 
 Quantized: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -100,11 +101,18 @@ class NativeOps:
         self._last_quantized = key, x, (q, scale, total)
         return q, scale, total
 
-    def write_cache(self, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> None:
+    def write_cache(
+        self, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor, places: torch.Tensor | None = None
+    ) -> None:
         memory = (cache.keys, cache.values, cache.key_scale, cache.value_scale)
-        numbers = (k.shape[0], cache.heads, cache.head_dim, cache.block_size, cache.pack)
+        pointers: tuple[torch.Tensor | None, ...] = (k, v, *memory, slots)
+        numbers: tuple[int, ...] = (k.shape[0], cache.heads, cache.head_dim, cache.block_size, cache.pack)
+        if cache.key_bias is not None:
+            table = cache.key_bias.table
+            pointers = (*pointers, cache.key_bias.bias, table, places)
+            numbers = (*numbers, table.shape[1], table.shape[0] // 2)
         writes = [tensor for tensor in memory if tensor is not None]
-        self.executor.submit(Kind.WRITE_CACHE, (k, v, *memory, slots), numbers, writes=writes)
+        self.executor.submit(Kind.WRITE_CACHE, pointers, numbers, writes=writes)
 
     def paged_attention(
         self,
@@ -114,14 +122,22 @@ class NativeOps:
         context_lengths: torch.Tensor,
         block_tables: torch.Tensor,
         window: int | None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         out = self.executor.empty(*q.shape)
         rows, max_blocks = block_tables.shape
         dim = cache.head_dim
         numbers = (rows, q.shape[1], cache.heads, dim, cache.block_size, max_blocks, window or 0, cache.pack)
         memory = (cache.keys, cache.values, cache.key_scale, cache.value_scale)
-        pointers = (out, q, *memory, block_tables, query_starts, context_lengths)
-        self.executor.submit(Kind.ATTEND, pointers, numbers, writes=(out,), x=dim**-0.5)
+        pointers: tuple[torch.Tensor | None, ...] = (out, q, *memory, block_tables, query_starts, context_lengths)
+        also: tuple[torch.Tensor, ...] = ()
+        if cache.key_bias is not None:
+            assert places is not None
+            bias, table = cache.key_bias.bias, cache.key_bias.table
+            also = (bias, table, places)
+            addresses = [tensor.data_ptr() for tensor in also]
+            pointers = (*pointers, _int64([*addresses, table.shape[1], table.shape[0] // 2]))  # cache.h: KeyBias
+        self.executor.submit(Kind.ATTEND, pointers, numbers, writes=(out,), also=also, x=dim**-0.5)
         return out
 
     def sample(
@@ -141,9 +157,13 @@ class NativeOps:
     @staticmethod
     def can_cache(cache: KVCache) -> bool:
         return (
-            cache.values.dtype in CACHE_DTYPES and cache.values.device.type == "cpu" and cache.head_dim <= MAX_HEAD_DIM
+            cache.dtype in CACHE_DTYPES and cache.values.device.type == "cpu" and cache.head_dim <= MAX_HEAD_DIM
         )
 
     @staticmethod
     def can_attend(q: torch.Tensor, cache: KVCache) -> bool:
         return q.shape[1] // cache.heads <= MAX_GROUP
+
+
+def _int64(values: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.int64))  # a recording takes torch.tensor for arithmetic of the model

@@ -96,9 +96,10 @@ class Executor:
         numbers: Sequence[int],
         *,
         writes: Sequence[torch.Tensor],
+        also: Sequence[torch.Tensor] = (),
         x: float = 0.0,
     ) -> None:
-        """Run an operation. `pointers` are in the kernel's order; those not in `writes` are read."""
+        """Run an operation. `pointers` are in the kernel's order; those not in `writes` are read, and so are those in `also`."""
         op = Op(kind, 0)
         for place, tensor in enumerate(pointers):
             op.p[place] = None if tensor is None else tensor.data_ptr()
@@ -107,7 +108,7 @@ class Executor:
         self.library.run((Op * 1)(op))
         if self.recording is not None:
             targets = {id(tensor) for tensor in writes}
-            reads = [tensor for tensor in pointers if tensor is not None and id(tensor) not in targets]
+            reads = [tensor for tensor in (*pointers, *also) if tensor is not None and id(tensor) not in targets]
             hold = [tensor for tensor in (*reads, *writes) if not self._recorded_buffers.owns(tensor)]
             self.recording.append(op, reads, writes, hold)
 
