@@ -50,7 +50,7 @@ def load_model(
     misshapen: the first few are named, with the expected and the found shape.
     """
     checkpoint = open_checkpoint(Path(source)) if isinstance(source, str | Path) else source
-    model, stored = plan_model(checkpoint, dtype)
+    model, stored = empty_and_stored(checkpoint, dtype)
     wanted = dict(model.named_parameters(remove_duplicate=False))
     for swap in swaps:
         swap_linears(model, swap)
@@ -64,24 +64,6 @@ def empty_and_stored(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -
     """The model that a checkpoint describes, on the meta device, and what the checkpoint has for each of its parameters.
 
     A tied head has its embedding's tensor. Raises what `load_model` does.
-    """
-    config = ModelConfig.from_dict(checkpoint.config)
-    stored = _by_name(checkpoint)
-    _check_sizes(checkpoint.path, config, stored)
-    quantized = any(tensor.dtype not in DTYPES for tensor in stored.values())
-    model = empty_model(config, dtype or (torch.float32 if quantized else _own_dtype(config)))
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in stored:
-        stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
-    wanted = dict(model.named_parameters(remove_duplicate=False))
-    _drop_zero_biases(stored, wanted)
-    _compare(checkpoint.path, {name: tuple(p.shape) for name, p in wanted.items()}, stored)
-    return model, stored
-
-
-def plan_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> tuple[Qwen, dict[str, StoredTensor]]:
-    """The model on the meta device, and what the checkpoint has for each of its parameters, nothing of it read yet.
-
-    For `load_model`, and for those who read one block at a time. `dtype` and errors: see there.
     """
     config = ModelConfig.from_dict(checkpoint.config)
     stored = _by_name(checkpoint)
