@@ -73,7 +73,7 @@ def export_model(
     def outgoing(name: str) -> Outgoing:
         return Outgoing(name, sizes[name], chosen, lambda: merged(name, stored.get(name), read, device))
 
-    changes: dict[str, Any] = _dtype_change(checkpoint, chosen)
+    changes: dict[str, Any] = dtype_change(checkpoint, chosen)
     wanted = [name for name in stored if name != HEAD]
     if any(SCORE in adapter.parameters for adapter in read):
         wanted.append(SCORE)
@@ -115,7 +115,7 @@ def _untied(stored: dict[str, StoredTensor], adapters: Sequence[Adapter], device
     return not torch.equal(make(EMBEDDING), make(HEAD))
 
 
-def _dtype_change(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+def dtype_change(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
     """The dtype under the key that config.json has for it; `torch_dtype`, which every version reads, where it has none."""
     name = next(name for name, known in EXPORT_DTYPES.items() if known is dtype)
     found = [key for key in ("dtype", "torch_dtype") if key in checkpoint.config]
