@@ -1,16 +1,17 @@
 """One process of several: trains tiny models under every layout that so many processes allow, and reports what it found.
 
-Run by test_parallel.py with torchrun's environment variables set: `ranks.py FOLDER`. The first process writes
-FOLDER/found-N.json.
+Run by test_parallel.py in processes that are forked from one which has imported this file. The first of N writes
+found-N.json.
 """
 
 import json
-import sys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # FSDP does, which takes seconds: here it is done once for all processes
 
 from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen
@@ -129,7 +130,9 @@ def state(model: Qwen, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
     return tensors
 
 
-def main(folder: Path) -> None:
+def main(rank: int, size: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     world = World.current(TrainConfig(method="full", parallel="ddp"))
@@ -186,7 +189,3 @@ def continued(kind: str) -> list[torch.Tensor]:
         train(model, optimizer_of(model), World(), range(STEPS + 1))
         _CONTINUED[kind] = [parameter.detach() for parameter in model.parameters()]
     return _CONTINUED[kind]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

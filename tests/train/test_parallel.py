@@ -1,10 +1,8 @@
 """Several processes train as one does, under every layout, and read what any other layout has saved."""
 
 import json
-import os
+import multiprocessing
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from qwenkit.train.parallel import ShardedFolder, World, load_sharded, save_shar
 from tests.conftest import ROOT
 from tests.train import ranks
 
-WORKER = Path(ranks.__file__)
 LAYOUTS = [(size, layout) for size, layouts in ranks.LAYOUTS.items() for layout in layouts]
 
 
@@ -26,30 +23,20 @@ def run_ranks(size: int, folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    base = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, WORKER, folder],
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.train.ranks"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # the server of forks reads nothing else
+        processes = [context.Process(target=ranks.main, args=(rank, size, port, folder)) for rank in range(size)]
+        for process in processes:
+            process.start()
     try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        for process in processes:
+            process.join(timeout=300)
     finally:
         for process in processes:
             process.kill()
-    for process, error in zip(processes, errors, strict=True):
-        assert process.returncode == 0, error
+    assert [process.exitcode for process in processes] == [0] * size
 
 
 @pytest.fixture(scope="module")
