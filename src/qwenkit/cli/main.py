@@ -20,7 +20,9 @@ VERBS = {
     "doctor": "Versions, devices, instruction sets, folders: what qwenkit sees of this machine.",
     "generate": "Answer every line of a JSONL file; goes on where it was interrupted.",
     "pull": "Get a model and check every file, or check files that are already here.",
+    "quantize": "Make a model smaller: 4 or 8 bits a weight, by GPTQ, as a folder that others read too.",
     "bench": "Measure a model's speed and memory here, and how near they are to what the machine could do.",
+    "export": "Merge adapters into a model and write it as a folder that loads by itself.",
     "serve": "Serve a model to clients of the OpenAI and Anthropic APIs, and as a page to talk in.",
 }
 

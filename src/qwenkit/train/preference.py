@@ -1,9 +1,9 @@
-"""Losses of preferences, over batches whose pairs are packed as documents. In: a model and a TrainBatch. Out: the sum of the pairs'
-losses, to be divided by the pairs of the whole step, and sums of what is worth seeing.
+"""Losses of preferences, over batches whose pairs are packed as documents. In: a model and a TrainBatch. Out: the sum of the
+pairs' losses, to be divided by the pairs of the whole step, and sums of what is worth seeing.
 
-Papers: DPO 2305.18290 (its smoothed form 2403.00409, section 4), IPO 2310.12036, hinge as SLiC 2305.10425, SimPO 2405.14734,
-KTO 2402.01306, ORPO 2403.07691, reward models 2203.02155 (section 3.5). The reference of dpo and kto is the model with its adapters
-off, or a frozen copy of how it began.
+Papers: DPO 2305.18290 (label smoothing: its conservative form), IPO 2310.12036, hinge as in SLiC 2305.10425, SimPO 2405.14734,
+KTO 2402.01306, ORPO 2403.07691, reward models 2203.02155 (section 3.5). The reference of dpo and kto is the model with its
+adapters off, or a frozen copy of how it began.
 """
 
 from __future__ import annotations
@@ -111,14 +111,9 @@ class Objective:
 
     @contextmanager
     def _as_it_began(self, model: Qwen) -> Iterator[Qwen]:
-        reference = model if self.reference is None else self.reference
-        was_training = reference.training
-        reference.eval()  # no dropout in what is measured against
-        try:
-            with adapters_off(model) if self.reference is None else nullcontext():
-                yield reference
-        finally:
-            reference.train(was_training)
+        """Without its adapters nothing in a model depends on whether it is training."""
+        with adapters_off(model) if self.reference is None else nullcontext():
+            yield model if self.reference is None else self.reference
 
 
 def objective(config: TrainConfig, reference: Qwen | None = None) -> Objective:

@@ -1,0 +1,153 @@
+"""`qwenkit export`: adapters merged into a model, written as a folder that loads by itself.
+
+In: flags, or a YAML file with LLaMA-Factory's export keys. Out: the folder's path on stdout, progress on stderr. The work is
+weights/export.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qwenkit.cli.options import nearest
+
+# Keys of LLaMA-Factory's export files by the flag that they are; None: it changes nothing here.
+_KEYS = {
+    "model_name_or_path": "model",
+    "adapter_name_or_path": "adapter",
+    "export_dir": "output",
+    "export_size": "shard_size",
+    "export_device": "device",
+    "export_legacy_format": "legacy",
+    "template": "template",
+    "infer_dtype": "dtype",
+    "finetuning_type": None,
+    "trust_remote_code": None,
+}
+_REFUSED = {
+    "export_quantization_bit": "quantize the exported folder afterwards with `qwenkit quantize`",
+    "export_quantization_dataset": "quantize the exported folder afterwards with `qwenkit quantize`",
+    "export_hub_model_id": "nothing is uploaded; use huggingface_hub's `hf upload` with the exported folder",
+    "quantization_bit": "adapters are merged into float weights: leave it out",
+}
+_FORMATS = ("safetensors", "bin")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qwenkit export --model smollm2 --adapter output --output merged
+  qwenkit export --model Qwen/Qwen2-7B-Instruct --adapter saves/qwen-7b --output merged --shard-size 4GB --dtype bfloat16
+  qwenkit export qwen_merge.yaml"""
+)
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--model", metavar="MODEL", help="A folder, a .gguf file, a hub id, or smollm2.")
+@click.option("--adapter", multiple=True, metavar="FOLDER", help="Merge this adapter; several in their order.")
+@click.option("--output", metavar="FOLDER", help="The folder to write.")
+@click.option("--shard-size", metavar="SIZE", help="Largest file, such as 4GB.  [default: 5GB]")
+@click.option("--format", "format_", type=click.Choice(_FORMATS), help="safetensors, or bin (torch.save).")
+@click.option("--dtype", metavar="TEXT", help="float32, bfloat16 or float16.  [default: the model's own]")
+@click.option("--template", metavar="TEXT", help="default (the model's own), chatml, qwen, or a .jinja file.")
+@click.option("--device", metavar="TEXT", help="Where matrices are merged: auto, cpu, cuda, …  [default: cpu]")
+@click.option("--dequantize", is_flag=True, help="Write a GPTQ or AWQ model, whose matrices are packed, as floats.")
+@click.option("--overwrite", is_flag=True, help="Replace what is in the output folder.")
+def export(file: Path | None, format_: str | None, dequantize: bool, overwrite: bool, **flags: Any) -> None:
+    """Merge adapters into a model, in float32, and write the result as a folder that qwenkit, transformers and vLLM load.
+
+    FILE is a YAML file with LLaMA-Factory's export keys, or with these flags' names as keys; flags go before it.
+    """
+    settings = _read(file) if file is not None else {}
+    settings |= {name: value for name, value in flags.items() if value not in (None, ())}
+    if format_ is not None:
+        settings["legacy"] = format_ == "bin"
+    for name, key in (("model", "model_name_or_path"), ("output", "export_dir")):
+        if not isinstance(settings.get(name), str) or not settings[name]:
+            raise ValueError(f"export needs --{name}, or {key} in a YAML file")
+    click.echo(_export(settings, dequantize=dequantize, overwrite=overwrite))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML file as flags. ValueError for a key that is unknown, or that asks for what is not done here."""
+    from qwenkit.train.config import read_settings
+
+    settings: dict[str, Any] = {}
+    own = {"model", "adapter", "output", "shard_size", "format", "dtype", "template", "device"}
+    for key, value in read_settings(path).items():
+        if key in _REFUSED:
+            if value not in (None, False):
+                raise ValueError(f"{path}: {key} is {value!r}, which export does not do: {_REFUSED[key]}")
+        elif key == "format":
+            if value not in _FORMATS:
+                raise ValueError(f"{path}: format is {value!r}, allowed are {', '.join(_FORMATS)}")
+            settings["legacy"] = value == "bin"
+        elif key in own or _KEYS.get(key):
+            settings[_KEYS.get(key) or key] = value
+        elif key not in _KEYS:
+            raise ValueError(
+                f"{path}: {key} is not a setting of export; {nearest(key, {**_KEYS, **dict.fromkeys(own)})}"
+            )
+    adapters = settings.get("adapter") or ()
+    if isinstance(adapters, str):
+        adapters = [name.strip() for name in adapters.split(",") if name.strip()]
+    if not all(isinstance(name, str) for name in adapters):
+        raise ValueError(f"{path}: adapter is {adapters!r}, allowed is a folder or a list of folders")
+    settings["adapter"] = tuple(adapters)
+    if not isinstance(settings.get("legacy", False), bool):
+        raise ValueError(f"{path}: export_legacy_format is {settings['legacy']!r}, allowed are true and false")
+    return settings
+
+
+def _export(settings: Mapping[str, Any], *, dequantize: bool, overwrite: bool) -> Path:
+    from qwenkit.hub.find import find_model
+    from qwenkit.weights.checkpoint import open_checkpoint
+    from qwenkit.weights.export import export_model
+    from qwenkit.weights.saving import Form, parse_size
+
+    form = Form(parse_size("shard_size", settings.get("shard_size", "5GB")), bool(settings.get("legacy")))
+    output = Path(settings["output"]).expanduser()
+    checkpoint = open_checkpoint(find_model(settings["model"]))
+    dtype = settings.get("dtype")
+    export_model(
+        checkpoint,
+        output,
+        adapters=[Path(name).expanduser() for name in settings.get("adapter", ())],
+        dtype=None if dtype == "auto" else dtype,
+        form=form,
+        chat_template=_template(str(settings.get("template", "default")), checkpoint.chat() is not None),
+        dequantize=dequantize,
+        overwrite=overwrite,
+        device=_device(str(settings.get("device", "cpu"))),
+        progress=True,
+    )
+    return output
+
+
+def _template(name: str, has_own: bool) -> str | None:
+    """The template that replaces the model's own, if any: a name says only what a model without one gets."""
+    from qwenkit.text.chatml import NAMED
+
+    if name == "default":
+        return None
+    if name.endswith(".jinja"):
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    if has_own:
+        return None
+    if name not in NAMED:
+        raise ValueError(
+            f"template is {name!r}, and the model has none; allowed are {', '.join(NAMED)} and .jinja files"
+        )
+    return NAMED[name]
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return str(torch.zeros((), device=name).device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {name!r}, which is not usable here: {str(error).splitlines()[0]}") from None
