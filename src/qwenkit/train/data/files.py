@@ -295,7 +295,7 @@ def _read_csv(path: Path, cursor: int, line: int) -> Iterator[Record]:
 
 def _pyarrow(path: Path) -> Any:
     try:
-        import pyarrow
+        import pyarrow  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         raise ValueError(f"{path} needs pyarrow to be read: pip install 'qwenkit[data]'") from None
     return pyarrow
@@ -303,7 +303,7 @@ def _pyarrow(path: Path) -> Any:
 
 def _parquet_rows(path: Path, skip: int) -> Iterator[dict[str, Any]]:
     pyarrow = _pyarrow(path)
-    from pyarrow import parquet
+    from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
 
     try:
         with parquet.ParquetFile(path) as file:

@@ -31,7 +31,7 @@ def partitions(path: Path) -> list[Path]:
     if not path.name.endswith("0"):
         return [path]
     stem = str(path)[:-1]
-    files = []
+    files: list[Path] = []
     while (part := Path(f"{stem}{len(files)}")).is_file():
         files.append(part)
     return files or [path]

@@ -1,0 +1,242 @@
+"""Tokenized data on disk: memory-mapped, named by the hash of everything that decides its content, never half-written.
+
+In: a Pipeline, and the folder of the cache. Out: a `Store`, from which single items are read without loading the rest. The name
+covers the bytes of the source files, tokenizer, chat format and settings, so that a change of any of them is another store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwenkit.text.chat import ChatFormat
+from qwenkit.text.tokenizer import Tokenizer
+from qwenkit.train.batch import IGNORE, Pair, Sample
+from qwenkit.train.config import TrainConfig
+from qwenkit.train.data.pipeline import DataError, Pipeline, Prepared, Report
+from qwenkit.train.data.registry import DataSource
+from qwenkit.train.data.render import Item, samples_of
+
+VERSION = 1  # of the files' layout and of the rules by which records are read and rendered
+# Settings that decide what a record becomes; those of shuffling, packing and the run do not.
+_SETTINGS = (
+    *("stage", "system", "variables", "cutoff_len", "max_samples", "labels", "train_on_prompt", "mask_history"),
+    *("overlong", "bad_samples", "packs"),
+)
+_PROBE = "Ünïcode 你好，世界 123 4567 don't\n\n  \t👩‍👩‍👧 e\u0301 def f(x):\n    return x ** 2 <think> <tool_call> <|im_end|> "
+_TYPES = dict(ids="i", learned="B", starts="q", files="i", lines="q", units="q", liked="B", records="q")  # noqa: C408
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder, as the XDG base directory specification has it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwenkit" / "tokenized"
+
+
+def fingerprint(tokenizer: Tokenizer, chat: ChatFormat | None) -> str:
+    """A hash of what turns conversations into ids: every token's bytes, how a probe is cut, the chat format's text."""
+    digest = hashlib.sha256()
+    for id in range(tokenizer.num_ids):
+        token = tokenizer.token_bytes(id)
+        digest.update(len(token).to_bytes(4, "little") + token)
+    digest.update(json.dumps([tokenizer.added_tokens, tokenizer.special_tokens, tokenizer.encode(_PROBE)]).encode())
+    if chat is not None:
+        digest.update(f"{type(chat).__name__}\0{getattr(chat, 'source', '')}".encode())
+        probes: list[list[dict[str, Any]]] = [
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nb\n</think>\n\nc"}],
+            [{"role": "system", "content": "d"}, {"role": "user", "content": "e"}],
+        ]
+        for probe in probes:
+            try:
+                digest.update(
+                    json.dumps(chat.render(probe, add_generation_prompt=probe[-1]["role"] == "user").ids).encode()
+                )
+            except ValueError as error:  # a format without system messages, say
+                digest.update(str(error).encode())
+    return digest.hexdigest()
+
+
+def store_key(config: TrainConfig, source: DataSource, ids_hash: str) -> str:
+    """The name of a source's store. Reads every byte of its files."""
+    digest = hashlib.sha256()
+    settings = {name: getattr(config, name) for name in _SETTINGS}
+    digest.update(json.dumps([VERSION, ids_hash, settings, source.settings], sort_keys=True).encode())
+    for path in source.files:
+        with path.open("rb") as file:
+            inner = hashlib.sha256()
+            while data := file.read(1 << 20):
+                inner.update(data)
+        digest.update(path.name.encode() + b"\0" + inner.digest())  # the name is part of what messages say
+    return digest.hexdigest()[:32]
+
+
+class Store:
+    """The items of one source, in the order of its files.
+
+    lengths (n,): tokens of each item, both answers of a pair together. records (n,): the number of the record it came from;
+    num_records of them gave something. Items are read by `item`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        self.folder = folder
+        self.key: str = manifest["key"]
+        self.report = Report.from_json(manifest["report"])
+        self._files: list[str] = manifest["files"]
+        self._arrays = {}
+        for name, code in _TYPES.items():
+            path, dtype = folder / f"{name}.bin", np.dtype(code)
+            if path.stat().st_size != manifest["sizes"][name] * dtype.itemsize:
+                raise ValueError(f"{path} has another size than its manifest says; delete the folder to tokenize anew")
+            empty = manifest["sizes"][name] == 0
+            self._arrays[name] = np.empty(0, dtype) if empty else np.memmap(path, dtype, mode="r")
+        starts, units = self._arrays["starts"], self._arrays["units"]
+        self.lengths = np.diff(starts[units])
+        self.records = self._arrays["records"]
+        self.num_records = int(self.records[-1]) + 1 if len(self.records) else 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def item(self, index: int, start: int = 0, stop: int | None = None) -> Item:
+        """Item number `index`, or tokens start to stop of its only document."""
+        first, last = (int(unit) for unit in self._arrays["units"][index : index + 2])
+        documents = [self._document(document, start, stop) for document in range(first, last)]
+        liked = int(self._arrays["liked"][index])
+        if liked == 2:
+            return documents[0]
+        return Pair(documents[0], documents[1] if len(documents) > 1 else None, bool(liked))
+
+    def _document(self, document: int, start: int, stop: int | None) -> Sample:
+        begin, end = (int(place) for place in self._arrays["starts"][document : document + 2])
+        end = end if stop is None else min(end, begin + stop)
+        begin += start
+        ids, learned = self._arrays["ids"][begin:end], self._arrays["learned"][begin:end]
+        origin = f"{self._files[self._arrays['files'][document]]}:{self._arrays['lines'][document]}"
+        return Sample(ids.tolist(), np.where(learned, ids, IGNORE).tolist(), origin)
+
+
+class _Writer:
+    """Appends items to arrays and those, a few megabytes at a time, to files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._arrays = {name: array(code) for name, code in _TYPES.items()}
+        self.sizes = dict.fromkeys(_TYPES, 0)
+        self._tokens = self._documents = self._records = 0
+        self._arrays["starts"].append(0)
+        self._arrays["units"].append(0)
+
+    def add(self, prepared: Prepared) -> None:
+        arrays = self._arrays
+        for item in prepared.items:
+            for sample in samples_of(item):
+                arrays["ids"].extend(sample.ids)
+                arrays["learned"].extend([label != IGNORE for label in sample.labels])
+                self._tokens += len(sample.ids)
+                self._documents += 1
+                arrays["starts"].append(self._tokens)
+                arrays["files"].append(prepared.file)
+                arrays["lines"].append(prepared.record.line)
+            arrays["units"].append(self._documents)
+            arrays["liked"].append(2 if isinstance(item, Sample) else int(item.liked))
+            arrays["records"].append(self._records)
+        self._records += bool(prepared.items)
+        if len(arrays["ids"]) > 1 << 20:
+            self.flush()
+
+    def flush(self) -> None:
+        for name, values in self._arrays.items():
+            with (self._folder / f"{name}.bin").open("ab") as file:
+                values.tofile(file)
+            self.sizes[name] += len(values)
+            self._arrays[name] = array(_TYPES[name])
+
+
+def open_store(
+    config: TrainConfig, source: DataSource, tokenizer: Tokenizer, chat: ChatFormat | None, ids_hash: str | None = None
+) -> Store:
+    """The source's store: the one on disk where it fits, else made now, while other processes that want it wait.
+
+    Raises DataError, after everything was read, where a policy is `error` and records are wrong; ValueError for settings that
+    do not go together; OSError where the cache cannot be written.
+    """
+    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+    key = store_key(config, source, ids_hash or fingerprint(tokenizer, chat))
+    folder = cache / key
+    pipeline = Pipeline(config, source, tokenizer, chat)
+    cache.mkdir(parents=True, exist_ok=True)
+    asked_at = time.time()
+    with _locked(cache / f"{key}.lock"):
+        if _is_ready(folder) and (not config.overwrite_cache or _made_while_waiting(folder, asked_at)):
+            return Store(folder)
+        _build(pipeline, folder, key)
+    return Store(folder)
+
+
+def _build(pipeline: Pipeline, folder: Path, key: str) -> None:
+    part = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+    try:
+        writer, report = _Writer(part), Report()
+        for prepared in pipeline.records():
+            report.add(pipeline.source.name, prepared)
+            if not report.num_errors:
+                writer.add(prepared)
+        if report.num_errors:
+            raise DataError(report)
+        writer.flush()
+        files = [path.name for path in pipeline.source.files]
+        manifest = {
+            "key": key,
+            "version": VERSION,
+            "files": files,
+            "sizes": writer.sizes,
+            "report": report.to_json(),
+            "made_at": time.time(),
+        }
+        (part / "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _is_ready(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
+def _made_while_waiting(folder: Path, asked_at: float) -> bool:
+    """With overwrite_cache, the first of several processes makes the store anew and the others take what it made."""
+    made_at: float = json.loads((folder / "manifest.json").read_text("utf-8"))["made_at"]
+    return asked_at <= made_at <= time.time()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process of this machine at a time; the system frees the lock of one that dies.
+
+    Where there are no such locks, several may make the same store, each in its own folder; the last rename wins.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
