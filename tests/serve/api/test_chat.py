@@ -230,7 +230,7 @@ def test_thinking(thinking_server: Callable[..., LiveServer], connect: Connect) 
 def test_thinking_switched_off(thinking_server: Callable[..., LiveServer], how: dict[str, Any]) -> None:
     live = thinking_server(["Four."])
     body = live.post("/v1/chat/completions", {"messages": HI} | how).json()
-    assert body["choices"][0]["message"] == {"role": "assistant", "content": "Four."}
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "Four.", "reasoning_content": None}
     assert live.server.tokenizer.decode(live.engine.asked[0].prompt).endswith("<think>\n\n</think>\n\n")
 
 
@@ -346,6 +346,6 @@ def test_deltas_add_up(shared_thinker: LiveServer, script: str) -> None:
                 message["tool_calls"][call["index"]]["arguments"] += call["function"]["arguments"]
     expected = whole["message"]
     assert message["content"] == (expected["content"] or "")
-    assert message["reasoning_content"] == expected.get("reasoning_content", "")
+    assert message["reasoning_content"] == (expected.get("reasoning_content") or "")
     assert message["tool_calls"] == [call["function"] for call in expected.get("tool_calls", ())]
     assert finish_reason == whole["finish_reason"]

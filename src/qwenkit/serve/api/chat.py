@@ -37,7 +37,8 @@ async def chat_completions(
     frame = Frame("chat.completion.chunk" if body.stream else "chat.completion", "chatcmpl", prepared.model, body)
     think_end_id = None if server.answer_format is None else server.answer_format.think_end_id
     usage = Usage(len(prepared.prompt_ids), think_end_id)
-    choices = [Choice(index, server.tokenizer, prepared, body) for index in range(prepared.params.n)]
+    thinks = server.answer_format is not None and server.answer_format.thinks
+    choices = [Choice(index, server.tokenizer, prepared, body, thinks) for index in range(prepared.params.n)]
     steps = events(server, prepared, http)
     if body.stream:
         first = await anext(steps)  # what is refused before it is a status, not an event
@@ -84,8 +85,12 @@ async def _chunks(
 class Choice:
     """One answer as it grows, in OpenAI's words."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, prepared: Prepared, body: ChatRequest) -> None:
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, prepared: Prepared, body: ChatRequest, thinks: bool = False
+    ) -> None:
         self.index = index
+        # Clients of models that think read the field of every message and delta, thought or not.
+        self._thought: dict[str, Any] = {"reasoning_content": None} if thinks else {}
         self.started = False
         self._tokenizer = tokenizer
         self._legacy = prepared.tools.legacy
@@ -114,6 +119,7 @@ class Choice:
         """The choice of an answer that is not streamed."""
         content, reasoning = "".join(self._texts["content"]), "".join(self._texts["reasoning"])
         message: dict[str, Any] = {"role": "assistant", "content": content if content or not self._calls else None}
+        message |= self._thought
         if reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if self._calls and self._legacy:
@@ -132,7 +138,7 @@ class Choice:
     def opening(self) -> dict[str, Any]:
         """The first piece, which says who speaks."""
         self.started = True
-        return self._choice({"role": "assistant", "content": ""})
+        return self._choice({"role": "assistant", "content": ""} | self._thought)
 
     def piece(self, found: Sequence[AnswerEvent], delta: Delta) -> dict[str, Any] | None:
         """The streamed choice of a step; None while there is nothing to tell."""
@@ -157,7 +163,7 @@ class Choice:
         self._note(delta)
         if not told and self._finish_reason is None:
             return None
-        choice = self._choice(told)
+        choice = self._choice(self._thought | told)
         if self._wants_logprobs:
             choice["logprobs"] = {"content": self._logprobs, "refusal": None}
             self._logprobs = []
