@@ -1,4 +1,4 @@
-"""Loaded by schemathesis: random bodies with a few optional fields at a time; with all of them nearly every one contradicts itself."""
+"""Loaded by schemathesis: random bodies have few of the optional fields; with all of them nearly every one contradicts itself."""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ def fuzz(live: LiveServer, folder: Path, phases: str, examples: int, *more: str)
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, "\n".join(line[:500] for line in (ran.stdout + ran.stderr).splitlines()[:200])
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return int(report["test_cases"]["generated"])
+    sent = int(report["test_cases"]["generated"])
+    print(f"{sent} requests")
+    return sent
 
 
 def test_boundary_values_of_every_field(make_server: MakeServer, tmp_path: Path) -> None:
