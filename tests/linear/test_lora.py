@@ -12,12 +12,14 @@ from qwenkit.linear.lora import (
     LoRALinear,
     LowRank,
     Routing,
+    adapters_off,
     features,
     linears,
     lora_scaling,
     merge_lora,
     put,
 )
+from qwenkit.linear.nf4 import NF4Linear
 from qwenkit.linear.packed import Matrix, PackedLinear
 from qwenkit.linear.swap import swap_linears
 from qwenkit.ops.packed import quantize
@@ -161,3 +163,71 @@ def test_linears_of_a_model_by_name() -> None:
     put(wrapped, "2.up", AdaptedLinear(wrapped.get_submodule("2.up"), Routing()))
     assert list(linears(wrapped)) == ["0", "2.up"]
     assert isinstance(linears(wrapped)["2.up"], AdaptedLinear)
+
+
+def test_dora_by_its_formula_and_merged() -> None:
+    """Rows of W + s B A brought to trained lengths; the lengths that are divided by count as constants (2402.09353)."""
+    for bias in (False, True):
+        base = nn.Linear(7, 5, bias=bias)
+        x = torch.randn(4, 7)
+        expected = base(x).detach()
+        linear = LoRALinear(base, 3, 6, dora=True)
+        assert linear.lora_magnitude_vector is not None
+        torch.testing.assert_close(linear(x), expected)
+        torch.testing.assert_close(linear.lora_magnitude_vector.detach(), base.weight.norm(dim=1).detach())
+        with torch.no_grad():
+            linear.lora_B.normal_()
+            linear.lora_magnitude_vector.mul_(torch.rand(5) + 0.5)
+        total = base.weight + 2 * linear.lora_B @ linear.lora_A
+        weight = total * (linear.lora_magnitude_vector / total.norm(dim=1).detach())[:, None]
+        y = nn.functional.linear(x, weight, base.bias)
+        torch.testing.assert_close(linear(x), y)
+        trained_ones = [p for p in linear.parameters() if p.requires_grad]
+        assert len(trained_ones) == 3
+        for ours, wanted in zip(
+            torch.autograd.grad(linear(x).square().sum(), trained_ones),
+            torch.autograd.grad(y.square().sum(), trained_ones),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+        before = base.weight.clone()
+        linear.merge()
+        torch.testing.assert_close(linear(x), y)
+        linear.unmerge()
+        torch.testing.assert_close(base.weight, before)
+        torch.testing.assert_close(linear(x), y)
+
+
+def test_dora_over_nf4() -> None:
+    base = nn.Linear(64, 5)
+    quantized = NF4Linear.of(base)
+    linear = LoRALinear(quantized, 3, 6, dora=True)
+    plain = nn.Linear(64, 5)
+    plain.load_state_dict({"weight": quantized.dequantized(), "bias": base.bias.detach()})
+    reference = LoRALinear(plain, 3, 6, dora=True)
+    with torch.no_grad():
+        linear.lora_B.normal_()
+        for name, parameter in reference.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(linear.get_parameter(name))
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(linear(x), reference(x))
+
+
+def test_adapters_off_and_on_again() -> None:
+    linear = trained(nn.Linear(7, 5))
+    x = torch.randn(4, 7)
+    changed, plain = linear(x), linear.base(x)
+    with adapters_off(nn.Sequential(linear)):
+        assert torch.equal(linear(x), plain)
+    assert torch.equal(linear(x), changed)
+
+
+def test_the_update_is_computed_in_the_dtype_of_its_input() -> None:
+    linear = trained(nn.Linear(7, 5).to(torch.bfloat16))
+    y = linear(torch.randn(4, 7, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert linear.lora_A.dtype == torch.float32
+    y.float().sum().backward()
+    assert linear.lora_A.grad is not None
+    assert linear.lora_A.grad.dtype == torch.float32
