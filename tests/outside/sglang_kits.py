@@ -3,8 +3,8 @@
     python tests/outside/sglang_kits.py [--url URL] [--only TEXT] KIT...
 
 KIT is the name of a file of sglang/test/kits without `_kit.py`. Without a URL a scripted engine that thinks is served, for the
-kit `reasoning`. The wheel is downloaded to a temporary folder (or given with --wheel) and only the kits are taken from it: SGLang is
-not installed. A shim stands before the server; it gives SGLang's own routes (/generate, /abort_request, …) by means of ours, and
+kit `reasoning`. The wheel is downloaded to a temporary folder (or given with --wheel) and only the kits are taken from it: SGLang
+is not installed. A shim stands before the server; it gives SGLang's own routes (/generate, /abort_request, …) by means of ours, and
 our answers the names that the kits look for. Needs the packages of the extra `test`.
 """
 
