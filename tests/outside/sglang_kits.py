@@ -3,9 +3,9 @@
     python tests/outside/sglang_kits.py [--url URL] [--only TEXT] KIT...
 
 KIT is the name of a file of sglang/test/kits without `_kit.py`. Without a URL a scripted engine that thinks is served, for the
-kit `reasoning`. The wheel is downloaded to a temporary folder (or given with --wheel) and only the kits are taken from it: SGLang
-is not installed. A shim stands before the server; it gives SGLang's own routes (/generate, /abort_request, …) by means of ours, and
-our answers the names that the kits look for. Needs the packages of the extra `test`.
+kit `reasoning`. The wheel is downloaded to a temporary folder (or given with --wheel) and only its kits are unpacked: SGLang is
+not installed. A shim stands before the server; it gives SGLang's own routes (/generate, /abort_request, …) by means of ours,
+and our answers the names that the kits look for. Needs the packages of the extra `test`.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ class Shim(BaseHTTPRequestHandler):
         found = [{"text": "", "output_ids": [], "meta_info": {}} for _ in range(asked.get("n", 1))]
         if body.get("stream"):
             self.send_response(200)
+            self.send_header("content-type", "text/event-stream")
             self.end_headers()
         with httpx.stream("POST", self.upstream + "/v1/completions", json=asked, timeout=600) as answer:
             if answer.status_code != 200:
