@@ -92,7 +92,7 @@ def _read(path: Path) -> dict[str, Any]:
     adapters = settings.get("adapter") or ()
     if isinstance(adapters, str):
         adapters = [name.strip() for name in adapters.split(",") if name.strip()]
-    if not all(isinstance(name, str) for name in adapters):
+    if not isinstance(adapters, list | tuple) or not all(isinstance(name, str) for name in adapters):
         raise ValueError(f"{path}: adapter is {adapters!r}, allowed is a folder or a list of folders")
     settings["adapter"] = tuple(adapters)
     if not isinstance(settings.get("legacy", False), bool):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from torch import nn
 from qwenkit.linear.frozen import PackedBase
 from qwenkit.linear.lora import LoRALinear, LowRank, features, linears, put
 from qwenkit.linear.nf4 import NF4Linear
-from qwenkit.linear.swap import Swap
+from qwenkit.linear.swap import Swap, swap_linears
+from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen
 from qwenkit.train.config import TrainConfig
 from qwenkit.weights.adapter import Adapter, read_whole_adapter
 from qwenkit.weights.adapter_saving import AdapterSettings, save_adapter
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.export import SCORE, dtype_change, reward_changes
-from qwenkit.weights.load import load_model
+from qwenkit.weights.load import empty_model, load_model
 from qwenkit.weights.pack import packer
 from qwenkit.weights.reward import WithoutScore
 from qwenkit.weights.saving import Form, Outgoing, copy_tokenizer, fused_as_qwen1, into_folder, parse_size, write_model
@@ -90,6 +92,22 @@ def prepare_model(
     if config.stage == "rm" and not model.config.tie_word_embeddings:
         model.lm_head.requires_grad_(False)  # no score comes from it
     return model.train()
+
+
+def model_of_shapes(sizes: ModelConfig, config: TrainConfig) -> Qwen:
+    """What `prepare_model` makes of a model of these sizes, on the meta device: names, shapes, and what is trained.
+
+    An adapter to go on with is not read; a new one of lora_rank stands for it.
+    """
+    config = replace(config, adapter=None)
+    model = empty_model(sizes, compute_dtype(config, "cpu"))
+    for swap in _base_swaps(config, set()):
+        swap_linears(model, swap)
+    if config.method in ADAPTERS:
+        _adapt(model, config, None)
+    elif config.method == "freeze":
+        _train_only(model, freeze_names(model, config))
+    return model
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -177,7 +195,7 @@ def choose_linears(model: Qwen, targets: Iterable[str]) -> list[str]:
     return [name for name in known if name in found]
 
 
-def _adapt(model: Qwen, config: TrainConfig, checkpoint: Checkpoint) -> None:
+def _adapt(model: Qwen, config: TrainConfig, checkpoint: Checkpoint | None) -> None:
     given = _given_adapter(model, config, checkpoint)
     model.requires_grad_(False)
     if given is None:
@@ -194,7 +212,10 @@ def _adapt(model: Qwen, config: TrainConfig, checkpoint: Checkpoint) -> None:
             lora = _lora(model.get_submodule(name), config, rank, update.scaling * rank, dora, False)
             _copy_update(lora, update)
             put(model, name, lora)
-    whole = list(given.parameters) if given is not None else []
+    whole: list[str] = []
+    if given is not None:
+        saved = _spelled(given.settings.get("modules_to_save") or (), model)
+        whole = [name for name in given.parameters if any(f".{module}." in f".{name}." for module in saved)]
     modules = [name for name, module in model.named_modules() if list(module.parameters(recurse=False))]
     for pattern in _spelled(config.modules_to_save, model):
         for module in _meeting(pattern, modules, "modules_to_save"):
@@ -215,9 +236,9 @@ def _adapt(model: Qwen, config: TrainConfig, checkpoint: Checkpoint) -> None:
                 f"modules_to_save meets {name}, which is quantized or has an adapter, so it cannot be trained whole"
             )
         parameter.requires_grad_(True)
-        if given is not None and name in given.parameters:
-            with torch.no_grad():
-                parameter.copy_(given.parameters[name])
+    with torch.no_grad():
+        for name, value in given.parameters.items() if given is not None else ():
+            inner[name].copy_(value)
     bias = given.settings.get("bias", "none") if given is not None else config.lora_bias
     for name, parameter in inner.items():
         adapted = isinstance(_owner(model, name), LoRALinear)
@@ -245,7 +266,7 @@ def _copy_update(lora: LoRALinear, update: LowRank) -> None:
         lora.lora_magnitude_vector.copy_(update.magnitude)
 
 
-def _given_adapter(model: Qwen, config: TrainConfig, checkpoint: Checkpoint) -> Adapter | None:
+def _given_adapter(model: Qwen, config: TrainConfig, checkpoint: Checkpoint | None) -> Adapter | None:
     """The adapter that is to be trained on: its targets, ranks and scaling are its own, whatever the configuration says."""
     if config.adapter is None:
         return None

@@ -29,6 +29,7 @@ BIASES = ("none", "all", "lora_only")
 
 PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?<=\.)(base_layer|modules_to_save)\.")  # what peft puts between a module and its parameters
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte")  # peft writes them where one has an adapter or was resized
 _LARGEST_CONFIG = 1 << 20  # bytes
 _LARGEST_HEADER = 16 << 20  # bytes, added to what the matrices can take
 _SERVED = "an adapter that is served"
@@ -271,8 +272,10 @@ def _read_tensors(
 
 
 def _replaces(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a tensor is one that the configuration says is replaced whole."""
+    """Whether a tensor is one that the configuration says is replaced whole, or one of those that peft adds of its own accord."""
     module, _, kind = _WRAPPERS.sub("", name).rpartition(".")
+    if module.rpartition(".")[2] in _EMBEDDINGS:
+        return True
     if kind == "bias" and config.get("bias", "none") != "none":
         return True
     saved = config.get("modules_to_save") or ()

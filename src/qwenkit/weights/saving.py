@@ -144,8 +144,10 @@ def write_model(
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's own, with every token that ends an answer: a server that knows only the first of two would not stop."""
     generation = dict(checkpoint.generation_config)
+    if checkpoint.config["model_type"] == "qwen":  # its own form, chat_format, says it
+        return generation
     ids = list(checkpoint.eos_token_ids)
-    if ids and checkpoint.config["model_type"] != "qwen":
+    if ids:
         generation["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     return generation
 
