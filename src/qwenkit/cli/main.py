@@ -23,6 +23,7 @@ VERBS = {
     "quantize": "Make a model smaller: 4 or 8 bits a weight, by GPTQ, as a folder that others read too.",
     "bench": "Measure a model's speed and memory here, and how near they are to what the machine could do.",
     "export": "Merge adapters into a model and write it as a folder that loads by itself.",
+    "eval": "Measure how good a model is: perplexity, and what quantizing it costs.",
     "serve": "Serve a model to clients of the OpenAI and Anthropic APIs, and as a page to talk in.",
 }
 

@@ -1,0 +1,242 @@
+"""GPTQ on one matrix (arXiv 2210.17323). In: weights (out, in) and the moments of their inputs. Out: codes, scales, zero points.
+
+Inputs are rounded one at a time; what each rounding loses is made up for by those that are not rounded yet, as the Hessian of
+the squared output error, H = 2/n X^T X, says. Everything is in the moments' dtype. Scales are rounded to fp16, as files hold
+them, before anything is divided by them, so the values that come out are those that a reader computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from qwenkit.quant.config import QuantConfig
+from qwenkit.quant.moments import Moments
+
+BLOCK = 128  # columns whose updates are applied to the rest of the matrix together
+_SHRINK = torch.linspace(1.0, 0.4, 25).tolist()  # of a group's range, tried by the search for the best scale
+_SMALLEST_SCALE = 2.0**-24  # fp16's
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """w = scale * (code - zero): codes (out, in) uint8, scales (out, groups) fp16, zeros (out, groups) uint8, group_of (in,).
+
+    `values` (out, in) fp32 is that. `error`: the squared error of the outputs as a share of the squared outputs, None where the
+    inputs are not known. `damp` is the share that had to be added to the Hessian's diagonal.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    group_of: torch.Tensor
+    values: torch.Tensor
+    error: float | None = None
+    damp: float = 0.0
+
+    def rows(self, start: int, stop: int) -> Quantized:
+        """Some of the outputs."""
+        codes, scales, zeros, values = (part[start:stop] for part in (self.codes, self.scales, self.zeros, self.values))
+        return Quantized(codes, scales, zeros, self.group_of, values, self.error, self.damp)
+
+
+def round_to_nearest(weight: torch.Tensor, config: QuantConfig) -> Quantized:
+    """Each weight (out, in) to the nearest point of its group's grid."""
+    inputs = weight.shape[1]
+    groups = _groups(inputs, config)
+    weight = weight.float()
+    grids = [find_grid(weight[:, start:stop], config) for start, stop in groups]
+    scales, zeros = (torch.stack(parts, 1) for parts in zip(*grids, strict=True))
+    group_of = _group_of(inputs, groups).to(weight.device)
+    codes = _codes(weight, scales[:, group_of], zeros[:, group_of], config.bits)
+    return _finished(codes, scales, zeros, group_of)
+
+
+def gptq(weight: torch.Tensor, moments: Moments, config: QuantConfig) -> Quantized:
+    """The weights (out, in) rounded one input after the other, later ones making up for earlier ones.
+
+    The order of inputs is that of `_order`. Raises ValueError where no damping makes the Hessian invertible, as with inputs that
+    are not finite.
+    """
+    original = weight.to(moments.hessian.dtype)
+    hessian = moments.mean_hessian()
+    inputs = original.shape[1]
+    groups = _groups(inputs, config)
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0  # inputs that were always zero: any weight will do
+    importance = diagonal.clone()
+    diagonal[dead] = 1
+    target = original.masked_fill(dead, 0)
+    order, groups_in_order = _order(importance, groups, config)
+    factor, damp = _inverse_factor(hessian[order][:, order], config.damp)
+    work = target.T[order].contiguous()  # (in, out): a rounded input is a contiguous row
+    shift = moments.mean_shift()
+    if shift is not None:
+        # H^-1 of the damped Hessian is factor^T factor; see Moments for where the shift of the optimum comes from.
+        work += config.alpha * (factor.T @ (factor @ (shift[order][:, order].T @ work)))
+    keep_groups = config.static_groups or not config.desc_act
+    fixed = [find_grid(target[:, a:b], config) for a, b in groups] if config.static_groups else None
+    codes, scales, zeros = _round_in_order(work, factor, groups_in_order, fixed, config)
+    group_of = _group_of(inputs, groups).to(work.device)
+    if not keep_groups:  # groups are runs of the order, and inputs are scattered over them
+        group_of = torch.empty_like(group_of).index_copy_(0, order, group_of)
+    back = torch.empty_like(codes)
+    back[order] = codes
+    result = _finished(back.T.contiguous(), scales, zeros, group_of)
+    lost = result.values.to(original.dtype) - original
+    energy = float(((original @ hessian) * original).sum())
+    error = float(((lost @ hessian) * lost).sum()) / max(energy, 1e-30)
+    return replace(result, error=error, damp=damp)
+
+
+def find_grid(weight: torch.Tensor, config: QuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The grid of each row of a group (out, n): scales (out,), exactly representable in fp16, and zero points (out,).
+
+    Symmetric: all steps over -max|w| to max|w|, zero in the middle. Else from the smallest weight to the largest, 0 among them.
+    With `mse` ranges are shrunk and the one with the least sum of |error|^mse is taken.
+    """
+    top = 2**config.bits - 1
+    low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    if config.sym:
+        high = torch.maximum(-low, high)
+        low = -high
+    flat = low == high
+    low, high = low.masked_fill(flat, -1), high.masked_fill(flat, 1)
+    best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    for share in _SHRINK if config.mse else (1.0,):
+        scale = ((high - low) * share / top).clamp(min=_SMALLEST_SCALE).to(torch.float16).to(weight.dtype)
+        middle = torch.full_like(scale, (top + 1) // 2)
+        zero = middle if config.sym else (-low * share / scale).round().clamp(0, top)
+        if not config.mse:
+            break
+        values = scale[:, None] * (_codes(weight, scale[:, None], zero[:, None], config.bits) - zero[:, None])
+        error = (values - weight).abs_().pow_(config.mse).sum(1)
+        if best is None:
+            best = error, scale, zero
+        else:
+            better = error < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))  # type: ignore[assignment]
+    if best is not None:
+        _, scale, zero = best
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError("weights are not finite, or too large for scales in fp16: the model cannot be quantized")
+    return scale, zero
+
+
+def _codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    return (weight / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+
+
+def _finished(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_of: torch.Tensor) -> Quantized:
+    half = scales.to(torch.float16)
+    values = (codes.float() - zeros.float()[:, group_of]) * half.float()[:, group_of]
+    return Quantized(codes.to(torch.uint8), half, zeros.to(torch.uint8), group_of, values)
+
+
+def _groups(inputs: int, config: QuantConfig) -> list[tuple[int, int]]:
+    """Where each group of inputs starts and stops; the last may be short."""
+    size = config.group_size if config.group_size and config.group_size > 0 else inputs
+    return [(start, min(start + size, inputs)) for start in range(0, inputs, size)]
+
+
+def _group_of(inputs: int, groups: list[tuple[int, int]]) -> torch.Tensor:
+    sizes = torch.tensor([stop - start for start, stop in groups])
+    return torch.arange(len(groups)).repeat_interleave(sizes, output_size=inputs)
+
+
+def _order(
+    importance: torch.Tensor, groups: list[tuple[int, int]], config: QuantConfig
+) -> tuple[torch.Tensor, list[tuple[int, int]] | torch.Tensor]:
+    """The order of inputs, and what the loop must know of groups.
+
+    That is, in the order in which they are reached, (group, its size): a list of runs. With desc_act and static groups it is the
+    group of each input, since they are scattered.
+    """
+    inputs = importance.shape[0]
+    if config.desc_act:
+        order = importance.argsort(descending=True, stable=True)
+        if config.static_groups:
+            return order, _group_of(inputs, groups).to(order.device)[order]
+        return order, [(group, stop - start) for group, (start, stop) in enumerate(groups)]
+    if not config.group_aware:
+        return torch.arange(inputs, device=importance.device), [
+            (group, stop - start) for group, (start, stop) in enumerate(groups)
+        ]
+    inside = [importance[start:stop].argsort(descending=True, stable=True) + start for start, stop in groups]
+    peaks = torch.stack([importance[start:stop].max() for start, stop in groups])
+    ranked = peaks.argsort(descending=True, stable=True).tolist()
+    return torch.cat([inside[group] for group in ranked]), [(g, groups[g][1] - groups[g][0]) for g in ranked]
+
+
+def _inverse_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
+    """The upper U with U^T U = (H + damp mean(diag H) I)^-1, and the damping that it took.
+
+    With rows and columns reversed, a lower Cholesky factor is H's own upper one, H = R R^T; U is R^-1.
+    """
+    mean = float(hessian.diagonal().mean())
+    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    while damp < 16:
+        reversed_ = hessian.flip(0, 1)
+        reversed_.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        if not failed:
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if bool(torch.isfinite(factor).all()):
+                return factor, damp
+        damp *= 2
+    raise ValueError("the calibration's activations are not finite: the model computes NaN or infinity on this text")
+
+
+def _round_in_order(
+    work: torch.Tensor,
+    factor: torch.Tensor,
+    groups: list[tuple[int, int]] | torch.Tensor,
+    fixed: list[tuple[torch.Tensor, torch.Tensor]] | None,
+    config: QuantConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round `work` (in, out) row by row -> codes (in, out), scales and zeros (out, groups). `work` is used up."""
+    inputs, outputs = work.shape
+    if isinstance(groups, list):
+        starts, position = {}, 0
+        for group, size in groups:
+            starts[position] = (group, size)
+            position += size
+        count = len(groups)
+    else:
+        starts, count = {}, len(fixed or ())
+    codes = torch.empty_like(work)
+    scales, zeros = (work.new_empty(outputs, count) for _ in range(2))
+    for group, (scale, zero) in enumerate(fixed or ()):
+        scales[:, group], zeros[:, group] = scale, zero
+    for begin, end in _segments(inputs, starts):
+        part, errors = work[begin:end], work.new_empty(end - begin, outputs)
+        for i, column in enumerate(range(begin, end)):
+            if column in starts:
+                group, size = starts[column]
+                if fixed is None:
+                    # A group never crosses the end of a segment unless it starts with one, when all its rows are up to date.
+                    scales[:, group], zeros[:, group] = find_grid(work[column : column + size].T, config)
+                scale, zero = scales[:, group].contiguous(), zeros[:, group].contiguous()
+            elif isinstance(groups, torch.Tensor):
+                group = int(groups[column])
+                scale, zero = scales[:, group], zeros[:, group]
+            code = _codes(part[i], scale, zero, config.bits)
+            codes[column] = code
+            errors[i] = (part[i] - scale * (code - zero)) / factor[column, column]
+            part[i + 1 :].addr_(factor[column, column + 1 : end], errors[i], alpha=-1)
+        work[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return codes, scales, zeros
+
+
+def _segments(inputs: int, starts: dict[int, tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs of at most BLOCK inputs that hold whole groups, or a part of one longer group alone."""
+    if not starts:
+        return [(begin, min(begin + BLOCK, inputs)) for begin in range(0, inputs, BLOCK)]
+    segments: list[tuple[int, int]] = []
+    for start, (_, size) in starts.items():
+        if segments and size <= BLOCK and start + size - segments[-1][0] <= BLOCK and start == segments[-1][1]:
+            segments[-1] = segments[-1][0], start + size
+        else:
+            segments += [(at, min(at + BLOCK, start + size)) for at in range(start, start + size, BLOCK)]
+    return segments
