@@ -76,9 +76,7 @@ class Batch:
         key_bias = next((cache.key_bias for cache in caches if cache.key_bias is not None), None)
         if key_bias is not None:
             stretches = alphas or [1.0] * len(ids)
-            places = [
-                key_bias.place(position, stretch) for position, stretch in zip(positions, stretches, strict=True)
-            ]
+            places = [key_bias.place(*where) for where in zip(positions, stretches, strict=True)]
         ctx = Paged(
             caches=caches,
             slots=torch.tensor(slots, device=device),

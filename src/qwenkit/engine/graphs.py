@@ -31,6 +31,11 @@ class _NotRecordableError(Exception):
 
 
 class _Watch(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, for seconds in the first step, to say that it must not compile this."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
@@ -107,7 +112,7 @@ class _Step:
         lengths = torch.ones(size, dtype=torch.int64)
         tables = torch.full((size, max_blocks), spare, dtype=torch.int32)
         self._cos, self._sin = torch.zeros(size, half), torch.zeros(size, half)
-        places = torch.zeros(size, dtype=torch.int64)  # positions: a request with another rotary stretch is not replayed
+        places = torch.zeros(size, dtype=torch.int64)  # are positions: requests with a rotary stretch are not replayed
         ctx = Paged(caches, slots, torch.arange(size + 1), lengths, tables, places=places)
         positions = Positions(self._cos, self._sin, None)
         with native.executor.record() as program, _Watch():

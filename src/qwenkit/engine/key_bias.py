@@ -10,24 +10,25 @@ import math
 
 import torch
 
+from qwenkit.model.attention import Attention
 from qwenkit.model.qwen import Qwen
 from qwenkit.model.rope import cos_sin, ntk_alpha
-from qwenkit.ops.cache import KeyBias
+from qwenkit.ops.cache import INT4, KeyBias
 
-# Rounding a bias of this size costs as much in a cache of each type. What is smaller stays with the keys: taking it out would slow
-# attention down, by the more channels the more, and gain nothing.
-WORTHWHILE = {torch.int8: 8.0, torch.int4: 0.5}
+# Rounding a bias of this size costs as much in a cache of each type. What is smaller stays with the keys: taking it out would
+# gain little, and slows attention down by each pair of channels.
+WORTHWHILE = {torch.int8: 8.0, INT4: 0.5}
 
 
 def key_biases(model: Qwen, dtype: torch.dtype, max_model_len: int) -> list[KeyBias | None]:
     """Of each layer the pairs of channels whose bias is large enough for a cache in `dtype` (int8 or int4), one table for all."""
     config = model.config
-    layers = [block.self_attn for block in model.model.layers]
-    biases: list[torch.Tensor | None] = [None] * len(layers)
+    biases: list[torch.Tensor | None] = [None] * config.num_hidden_layers
     if not config.qk_norm:  # a norm after the bias is not linear
-        biases = [_large(attention.k_proj.bias, config.num_key_value_heads, model, dtype) for attention in layers]
+        layers = [module for module in model.modules() if isinstance(module, Attention)]
+        biases = [_large(attention.k_proj.bias, model, dtype) for attention in layers]
     if all(bias is None for bias in biases):
-        return [None] * len(layers)
+        return [None] * config.num_hidden_layers
     length = -(-max_model_len // 32) * 32
     stretches = [1.0]
     if config.rope.dynamic_ntk_length is not None:
@@ -45,11 +46,11 @@ def key_biases(model: Qwen, dtype: torch.dtype, max_model_len: int) -> list[KeyB
     return [None if bias is None else KeyBias(bias, table, length, tuple(stretches)) for bias in biases]
 
 
-def _large(bias: torch.Tensor | None, heads: int, model: Qwen, dtype: torch.dtype) -> torch.Tensor | None:
+def _large(bias: torch.Tensor | None, model: Qwen, dtype: torch.dtype) -> torch.Tensor | None:
     """A layer's key bias (K, D) fp32 with 0 where it is small; channels that rotate together are kept together."""
     if bias is None:
         return None
-    dim, rotary = model.config.head_dim, model.config.rope.rotary_dim
+    heads, dim, rotary = model.config.num_key_value_heads, model.config.head_dim, model.config.rope.rotary_dim
     kept = bias.detach().float()[: heads * dim].unflatten(0, (heads, dim)).clone()  # packed Linears pad their bias
     a, b = kept[:, :rotary].chunk(2, -1)
     small = torch.hypot(a, b) < WORTHWHILE[dtype]

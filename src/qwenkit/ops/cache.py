@@ -1,8 +1,8 @@
 """The paged cache of one layer's keys and values: how it lies in memory, for every implementation of the ops alike.
 
-Keys of a block and head are [D / pack][block_size][4 bytes] with pack channels in 4 bytes, so that a vector loaded from them holds
-the same channels of successive positions; values are [block_size][D]. int8 keeps an fp32 scale for each token and head, int4 two
-bf16: scale and offset. A quantized cache may keep keys without the model's key bias (`KeyBias`).
+Keys of a block and head are [D / pack][block_size][4 bytes] with pack channels in 4 bytes, so that a vector loaded from them
+holds the same channels of successive positions; values are [block_size][D]. int8 keeps an fp32 scale for each token and head,
+int4 two bf16: scale and offset. A quantized cache may keep keys without the model's key bias (`KeyBias`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 
 INT8_OFFSET = 128  # keys are stored as unsigned bytes, which the processor's dot product wants on one side
 LEVELS = 15  # steps between the smallest and the largest of four bits
-QUANTIZED = (torch.int8, torch.int4)
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch has it, its stubs do not
+QUANTIZED = (torch.int8, INT4)
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,22 @@ class KVCache:
             )
         elements = torch.uint8 if dtype in QUANTIZED else dtype
         keys = (blocks, heads, dim // pack, block_size, max(1, 4 // elements.itemsize))
-        row = dim // 2 if dtype == torch.int4 else dim
-        scales: tuple[torch.Tensor | None, ...] = (None, None)
+        row = dim // 2 if dtype == INT4 else dim
+        key_scale = value_scale = None
         if dtype == torch.int8:
-            scales = tuple(torch.empty(blocks, heads, block_size, device=device) for _ in range(2))
-        elif dtype == torch.int4:
+            key_scale, value_scale = (torch.empty(blocks, heads, block_size, device=device) for _ in range(2))
+        elif dtype == INT4:
             pairs = (blocks, heads, block_size, 2)
-            scales = tuple(torch.empty(pairs, dtype=torch.bfloat16, device=device) for _ in range(2))
+            key_scale, value_scale = (torch.empty(pairs, dtype=torch.bfloat16, device=device) for _ in range(2))
         return cls(
             dtype,
             torch.empty(keys, dtype=elements, device=device),
             torch.empty(
                 blocks, heads, block_size, row, dtype=torch.int8 if dtype == torch.int8 else elements, device=device
             ),
-            *scales,
-            key_bias=key_bias,
+            key_scale,
+            value_scale,
+            key_bias,
         )
 
     @property
@@ -140,7 +142,7 @@ class KVCache:
             v, self.value_scale[block, :, inside] = quantize(v)
         if self.dtype == torch.int8:
             k = k + INT8_OFFSET
-        elif self.dtype == torch.int4:
+        elif self.dtype == INT4:
             low, high = k.unflatten(-1, (-1, 2, 4)).unbind(-2)
             k = (low + 16 * high).flatten(-2)
             low, high = v.chunk(2, -1)
@@ -176,7 +178,7 @@ class KVCache:
 
 
 def _pack(dtype: torch.dtype) -> int:
-    return 8 if dtype == torch.int4 else max(1, 4 // dtype.itemsize)
+    return 8 if dtype == INT4 else max(1, 4 // dtype.itemsize)
 
 
 def _bytes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

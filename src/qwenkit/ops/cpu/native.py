@@ -6,12 +6,13 @@ operation (packed linears: two, since activations are quantized first).
 
 from __future__ import annotations
 
+import os
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from qwenkit.ops.cache import KVCache
+from qwenkit.ops.cache import INT4, KVCache
 from qwenkit.ops.cpu.program import Executor, Kind
 from qwenkit.ops.packed import PackedWeight
 
@@ -19,7 +20,7 @@ from qwenkit.ops.packed import PackedWeight
 # answers when they are rounded to 8. Decoding waits for memory and hardly notices; a prompt takes up to twice the products.
 FINE_GROUP = 32
 MAX_HEAD_DIM, MAX_GROUP = 256, 128  # cache.h: MAX_DIM; attention.h: heads that share a key head within MAX_PASS
-CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int4)
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8, INT4)
 
 
 Quantized: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -28,6 +29,7 @@ Quantized: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class NativeOps:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
+        self._counters = torch.zeros(8 * (os.cpu_count() or 1), dtype=torch.int32)
         self._last_quantized: tuple[tuple[object, ...], torch.Tensor, Quantized] | None = None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -126,19 +128,26 @@ class NativeOps:
     ) -> torch.Tensor:
         out = self.executor.empty(*q.shape)
         rows, max_blocks = block_tables.shape
-        dim = cache.head_dim
-        numbers = (rows, q.shape[1], cache.heads, dim, cache.block_size, max_blocks, window or 0, cache.pack)
+        dim, items = cache.head_dim, rows * cache.heads
+        slots = self._shared_parts(items, -(-max_blocks * cache.block_size // PART_KEYS))
+        meeting = self.executor.empty(max(slots, 1), q.shape[1] // cache.heads, dim + ACCUMULATOR)
+        numbers = (rows, q.shape[1], cache.heads, dim, cache.block_size, max_blocks, window or 0, cache.pack, slots)
         memory = (cache.keys, cache.values, cache.key_scale, cache.value_scale)
-        pointers: tuple[torch.Tensor | None, ...] = (out, q, *memory, block_tables, query_starts, context_lengths)
         also: tuple[torch.Tensor, ...] = ()
+        key_bias = None
         if cache.key_bias is not None:
             assert places is not None
             bias, table = cache.key_bias.bias, cache.key_bias.table
             also = (bias, table, places)
             addresses = [tensor.data_ptr() for tensor in also]
-            pointers = (*pointers, _int64([*addresses, table.shape[1], table.shape[0] // 2]))  # cache.h: KeyBias
-        self.executor.submit(Kind.ATTEND, pointers, numbers, writes=(out,), also=also, x=dim**-0.5)
+            key_bias = _int64([*addresses, table.shape[1], table.shape[0] // 2])  # cache.h: KeyBias
+        pointers = (out, q, *memory, block_tables, query_starts, context_lengths, key_bias, meeting, self._counters)
+        self.executor.submit(Kind.ATTEND, pointers, numbers, writes=(out, meeting), also=also, x=dim**-0.5)
         return out
+
+    def _shared_parts(self, items: int, parts: int) -> int:
+        """How many parts of items may be dealt to threads one by one: none where the items alone keep all threads busy."""
+        return min(items * parts, MOST_SHARED_PARTS) if parts > 1 and items <= self._counters.shape[0] else 0
 
     def sample(
         self,
@@ -156,9 +165,7 @@ class NativeOps:
 
     @staticmethod
     def can_cache(cache: KVCache) -> bool:
-        return (
-            cache.dtype in CACHE_DTYPES and cache.values.device.type == "cpu" and cache.head_dim <= MAX_HEAD_DIM
-        )
+        return cache.dtype in CACHE_DTYPES and cache.keys.device.type == "cpu" and cache.head_dim <= MAX_HEAD_DIM
 
     @staticmethod
     def can_attend(q: torch.Tensor, cache: KVCache) -> bool:
@@ -166,4 +173,5 @@ class NativeOps:
 
 
 def _int64(values: list[int]) -> torch.Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.int64))  # a recording takes torch.tensor for arithmetic of the model
+    """For a kernel. By numpy: whoever watches a recording would take torch.tensor for arithmetic of the model."""
+    return torch.from_numpy(np.array(values, dtype=np.int64))
