@@ -17,7 +17,7 @@ from qwenkit.model.context import Packed
 from qwenkit.model.qwen import Qwen
 from qwenkit.train.batch import IGNORE, TrainBatch
 
-_LOGITS_AT_ONCE = 2**25  # elements; 128 MiB in fp32
+LOGITS_AT_ONCE = 2**25  # elements; 128 MiB in fp32
 
 
 def token_loss_sum(model: Qwen, batch: TrainBatch, *, chunk: int | None = None) -> tuple[torch.Tensor, int]:
@@ -61,7 +61,7 @@ def _cross_entropy(
 ) -> torch.Tensor:
     """(N, hidden_size), (N,) -> (N,) fp32. `summed` promises that all rows get the same gradient."""
     head: Any = model.lm_head
-    chunk = chunk or max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+    chunk = chunk or max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     if type(head) is nn.Linear and head.bias is None:
         losses: torch.Tensor = _ChunkedCrossEntropy.apply(
             hidden, head.weight, targets, chunk, summed, torch.is_grad_enabled()

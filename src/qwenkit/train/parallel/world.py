@@ -44,7 +44,7 @@ class World:
         node, and context_parallel, which documents packed end to end would need cut in the middle.
         """
         rank, world_size, local_rank, per_node = _environment(environment)
-        replicate, shard, tensor = _sizes(config, world_size)
+        replicate, shard, tensor = parallel_sizes(config, world_size)
         if per_node % tensor:
             raise ValueError(
                 f"tensor_parallel is {tensor}, but a node runs {per_node} processes; "
@@ -181,8 +181,8 @@ def _environment(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
     return rank, world_size, local_rank, per_node
 
 
-def _sizes(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
-    """(replicate, shard, tensor), whose product is the number of processes."""
+def parallel_sizes(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
+    """(replicate, shard, tensor), whose product is the number of processes. ValueError where they do not make it up."""
     if config.context_parallel > 1:
         raise ValueError(
             f"context_parallel is {config.context_parallel}, allowed is 1: documents are packed end to end and not cut "

@@ -1,0 +1,129 @@
+"""`qwenkit plan train`: how much memory a run will need on each device, before anything is downloaded or loaded.
+
+In: a model (folder, config.json, or a name in a table of sizes) or a training YAML, key=value, and the machines. Out: a table, or
+one JSON line; exit code 1 where it does not fit. What is predicted and how is train/plan's business.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qwenkit.cli.options import nearest
+
+if TYPE_CHECKING:
+    from qwenkit.model.config import ModelConfig
+    from qwenkit.train.config import TrainConfig
+    from qwenkit.train.plan import MemoryPlan
+
+SIZES = "sizes.yaml"
+ROWS = ("weights", "gradients", "optimizer", "activations", "gathered", "runtime", "total")
+
+
+@click.group()
+def plan() -> None:
+    """What something will need, before it is done."""
+
+
+@plan.command(
+    epilog="""\b
+Examples:
+  qwenkit plan train models/Qwen2-7B-Instruct method=lora cutoff_len=2048
+  qwenkit plan train recipes/qwen1.5-72b-finetune.yaml --gpus 32 --gpu-memory 64GiB"""
+)
+@click.argument("model_or_config")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--gpus", default=1, show_default=True, help="All GPUs of all nodes; 0: one process on a CPU.")
+@click.option("--per-node", default=8, show_default=True, help="GPUs of a node.")
+@click.option(
+    "--gpu-memory", metavar="SIZE", help="Memory of a GPU, such as 80GiB: also prints the largest batch that fits."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON; sizes in bytes.")
+def train(
+    model_or_config: str, settings: tuple[str, ...], gpus: int, per_node: int, gpu_memory: str | None, as_json: bool
+) -> None:
+    """Predict the memory of a training run of MODEL_OR_CONFIG on each device.
+
+    It is a model folder, a config.json, a training YAML (of qwenkit or LLaMA-Factory), or a name in recipes/sizes.yaml. Every
+    sample is taken to be cutoff_len tokens long.
+    """
+    from qwenkit.engine.config import parse_bytes
+    from qwenkit.train.config import TrainConfig, parse_assignments, read_settings
+    from qwenkit.train.foreign import translate
+    from qwenkit.train.plan import largest_batch, plan_memory
+
+    if gpus < 0 or per_node < 1:
+        raise ValueError(f"gpus is {gpus} and per-node {per_node}, allowed are at least 0 and at least 1")
+    memory = None if gpu_memory is None else _size(gpu_memory, parse_bytes)
+    path = Path(model_or_config)
+    own: dict[str, Any] = {"model": model_or_config}
+    folder = Path()
+    if path.suffix in (".yaml", ".yml"):
+        own = translate(read_settings(path)).settings
+        folder = path.parent
+    config = TrainConfig.from_settings(own | parse_assignments(settings))
+    model = find_sizes(config.model, folder)
+    found = plan_memory(model, config, gpus=gpus, per_node=per_node)
+    batch = None if memory is None else largest_batch(model, config, memory, gpus=gpus, per_node=per_node)
+    if as_json:
+        record = asdict(found) | {"total": found.total, "largest_batch": batch, "gpus": gpus, "gpu_memory": memory}
+        click.echo(json.dumps(record))
+    else:
+        click.echo(_table(config, found, gpus, memory, batch))
+    if memory is not None and found.total > memory:
+        raise SystemExit(1)
+
+
+def find_sizes(name: str, folder: Path = Path()) -> ModelConfig:
+    """The ModelConfig of a folder, a config.json, or a name in sizes.yaml of `folder` or of ./recipes.
+
+    Raises ValueError where there is none of them.
+    """
+    from qwenkit.model.config import ModelConfig
+    from qwenkit.train.config import read_settings
+    from qwenkit.weights.checkpoint import open_checkpoint
+
+    path = Path(name).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        return ModelConfig.from_dict(read_settings(path))
+    if path.exists():
+        return ModelConfig.from_dict(open_checkpoint(path).config)
+    known: dict[str, Any] = {}
+    for table in (folder / SIZES, Path("recipes") / SIZES):
+        if table.is_file():
+            known = read_settings(table) | known
+    if name not in known:
+        hint = nearest(name, known) if known else "no recipes/sizes.yaml is here either"
+        raise ValueError(f"{name!r} is no model folder, config.json or name in {SIZES}; {hint}")
+    return ModelConfig.from_dict(known[name])
+
+
+def _size(text: str, parse: Any) -> int:
+    try:
+        return int(parse(text))
+    except ValueError:
+        raise ValueError(f"gpu-memory is {text!r}, allowed is a size such as 80GiB") from None
+
+
+def _table(config: TrainConfig, plan: MemoryPlan, gpus: int, memory: int | None, batch: int | None) -> str:
+    where = "one process on a CPU" if gpus == 0 else f"{gpus} GPU{'s' if gpus > 1 else ''}"
+    layout = ", ".join(
+        f"{name} {value}"
+        for name, value in (("replicate", plan.replicate), ("shard", plan.shard), ("tensor", plan.tensor))
+        if value > 1
+    )
+    lines = [
+        f"{config.model}: {plan.parameters / 1e9:.2f} B parameters, {plan.trained / 1e6:,.1f} M trained, {config.method}",
+        f"{where}{': ' + layout if layout else ''}; a micro-batch of {plan.tokens} tokens",
+        "",
+        *(f"{name:<12}{getattr(plan, name) / 2**30:>10.2f} GiB" for name in ROWS if getattr(plan, name)),
+    ]
+    if memory is not None:
+        verdict = "fits" if plan.total <= memory else "does not fit"
+        most = "not even 1" if batch is None else str(batch)
+        lines += ["", f"{verdict} into {memory / 2**30:.1f} GiB; largest per_device_train_batch_size: {most}"]
+    return "\n".join(lines)
