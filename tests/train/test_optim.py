@@ -155,9 +155,8 @@ def test_moving_average() -> None:
     average.update()
     average.update()
     assert average.tensors()["w"].item() == pytest.approx(0.19)
-    average.swap()
-    assert (weights["w"].item(), average.tensors()["w"].item()) == (pytest.approx(0.19), 1.0)
-    average.swap()
+    with average.in_place():
+        assert weights["w"].item() == pytest.approx(0.19)
     assert weights["w"].item() == 1.0
 
 

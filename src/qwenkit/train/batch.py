@@ -138,3 +138,11 @@ class TrainBatch:
             [self.origins[i] for i in documents],
             pairs,
         )
+
+
+def halved(batches: Sequence[TrainBatch], times: int) -> list[TrainBatch]:
+    """Every batch cut into two, `times` times over, as far as it can be cut."""
+    pieces = list(batches)
+    for _ in range(times):
+        pieces = [half for piece in pieces for half in piece.halves()]
+    return pieces

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -299,19 +299,18 @@ class Meter:
     device: torch.device
     devices: int = 1
     tokens: int = 0
-    total_tokens: int = 0
     work: float = 0.0
-    begun: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
 
-    def add(self, batch: TrainBatch) -> None:
-        """A batch that this process has worked on."""
-        self.tokens += batch.num_tokens
-        self.total_tokens += batch.num_tokens
-        self.work += self.flops.of_batch(batch) if self.flops is not None else 0.0
+    def add(self, batches: Sequence[TrainBatch], seconds: float) -> None:
+        """A step of this process over these batches. Evaluations and checkpoints lie between steps and do not count."""
+        self.tokens += sum(batch.num_tokens for batch in batches)
+        self.work += sum(self.flops.of_batch(batch) for batch in batches) if self.flops is not None else 0.0
+        self.seconds += seconds
 
     def read(self, *, reset: bool) -> dict[str, float]:
         """throughput (tokens/s of all processes), mfu, memory_gib (the most so far on a GPU, what is held now on a CPU)."""
-        seconds = max(time.perf_counter() - self.begun, 1e-9)
+        seconds = max(self.seconds, 1e-9)
         found = {"throughput": self.tokens * self.devices / seconds}
         if self.peak:
             found["mfu"] = self.work / seconds / self.peak
@@ -321,12 +320,8 @@ class Meter:
             memory = psutil.Process().memory_info().rss
         found["memory_gib"] = memory / 2**30
         if reset:
-            self.restart()
+            self.tokens, self.work, self.seconds = 0, 0.0, 0.0
         return found
-
-    def restart(self) -> None:
-        """Begin a new span: what lies between (an evaluation, a checkpoint) is not training."""
-        self.tokens, self.work, self.begun = 0, 0.0, time.perf_counter()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

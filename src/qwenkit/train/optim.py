@@ -6,7 +6,8 @@ also gather their gradients, or rounded stochastically after every step; states 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -198,13 +199,20 @@ class MovingAverage:
         for name, average in self.averages.items():
             average.lerp_(self.parameters[name].float(), 1 - self.decay)
 
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside it the parameters hold their averages; afterwards they are as they were."""
+        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._set(self.averages)
+        try:
+            yield
+        finally:
+            self._set(kept)
+
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averages and the parameters; once more puts them back (up to the rounding of bfloat16)."""
-        for name, average in self.averages.items():
-            kept = self.parameters[name].detach().float().clone()
-            self.parameters[name].copy_(average)
-            average.copy_(kept)
+    def _set(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The averages, to be saved, or filled in place."""
