@@ -98,7 +98,11 @@ class FakeLLM:
             words, reason = self.answer(ids, params, index)
             completions.append(
                 SimpleNamespace(
-                    text=" ".join(words), token_ids=list(range(len(words))), finish_reason=reason, logprobs=None
+                    text=" ".join(words),
+                    token_ids=list(range(len(words))),
+                    finish_reason=reason,
+                    logprobs=None,
+                    error=None,
                 )
             )
         return SimpleNamespace(prompt_token_ids=ids, completions=completions, prompt_logprobs=None)

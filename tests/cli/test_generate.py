@@ -296,3 +296,10 @@ def test_a_line_may_say_what_its_answer_looks_like(runner: CliRunner, tmp_path: 
         source.write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "a", "grammar": wrong}) + "\n")
         result = runner.invoke(cli, [*args, "--overwrite"])
         assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+
+
+def test_an_answer_that_failed_says_why() -> None:
+    output = RequestOutput([1, 2], [Completion(0, "x", [7], "error", error="the logits are not finite")])
+    record = as_record(Job(1, "a", SamplingParams()), output)
+    assert (record["text"], record["finish_reason"], record["error"]) == ("x", "error", "the logits are not finite")
+    assert "error" not in as_record(Job(1, "a", SamplingParams()), RequestOutput([1], [Completion(0, "x", [7], "stop")]))

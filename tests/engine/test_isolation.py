@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.isolation import compute_apart
+from qwenkit.engine.llm import LLM
 from qwenkit.engine.request import Delta
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.engine.scheduler import Row
 from qwenkit.model.qwen import Qwen
 from tests.engine.conftest import MakeEngine, naive_greedy, run, tokens_of
-from tests.tiny_models import tiny_pair
+from tests.tiny_models import tiny_pair, write_model
 
 PROMPTS = [[5, 6, 7], [9] * 9, [40, 41, 42, 43, 44], [100]]
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -149,7 +151,9 @@ def test_higher_priority_runs_first_and_takes_seats(make_engine: MakeEngine, mod
     assert delta.request_id == high, "it begins at once, although both seats were taken"
     assert engine.scheduler.num_preemptions == 1
     order = [delta.request_id for _ in range(200) for delta in engine.step() if delta.finish_reason is not None]
-    assert order == [low[0], high, *low[1:]], "who kept a seat ends first; who lost it comes before those who never had one"
+    assert order == [low[0], high, *low[1:]], (
+        "who kept a seat ends first; who lost it comes before those who never had one"
+    )
 
 
 def test_the_lowest_priority_is_preempted_first(make_engine: MakeEngine, model: Qwen) -> None:
@@ -201,3 +205,15 @@ def test_prefixes_are_shared_within_a_namespace_only(make_engine: MakeEngine, mo
         return deltas[0].num_cached_tokens
 
     assert [cached(namespace) for namespace in ("a", "b", "a", "", "b", "")] == [0, 0, 12, 0, 12, 12]
+
+
+def test_an_llms_answer_says_why_it_failed(tmp_path: Path) -> None:
+    llm = LLM(write_model(tmp_path), device="cpu", kv_memory="4MiB", prefix_cache=False)
+    llm.engine.runner = _Poisoned(llm.engine.runner, 40, 2)  # type: ignore[assignment]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=1)
+    failed, whole = (output.completions[0] for output in llm.generate([[40, 6], [41, 6]], params))
+    assert (failed.finish_reason, len(failed.token_ids)) == ("error", 2)
+    assert failed.error == "the engine could not compute this request"
+    assert failed.logprobs is not None
+    assert len(failed.logprobs) == 2, "what is known of the tokens that came is kept"
+    assert (whole.finish_reason, whole.error) == ("length", None)

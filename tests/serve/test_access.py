@@ -98,6 +98,11 @@ def test_keys_come_from_flags_a_file_and_the_environment(tmp_path: Path) -> None
     same = Keys([("another-name", "flag-key")]).owner([b"flag-key"])
     assert same is not None
     assert same.namespace == keys.owner([b"flag-key"]).namespace, "what a key owns survives a restart"  # type: ignore[union-attr]
+    assert keys.has(same.namespace)
+    assert keys.has(""), "the admin's"
+    assert not keys.has("ab" * 12)
+    assert Keys().has("")
+    assert not Keys([("a", "key")]).has(""), "what was made when no key was needed waits for such days"
     path.write_text("one two three\n")
     with pytest.raises(ValueError, match="line 1"):
         Keys.of(config, {})

@@ -57,7 +57,8 @@ def generate(model: str, input_: Path, output: Path, overwrite: bool, **values: 
       line               number of the request's line, from 1; blank lines count
       id                 as in the request, if it has one
       text               the answer
-      finish_reason      stop, or length
+      finish_reason      stop, length, or error; then
+      error              says why the answer was not finished
       prompt_tokens, completion_tokens
       completions        instead of text and finish_reason where n > 1: a list of both
       logprobs, prompt_logprobs   if asked for: a list of {token_id, logprob, top}
@@ -189,6 +190,8 @@ def as_record(job: Job, output: RequestOutput) -> dict[str, Any]:
 
 def _as_answer(completion: Completion) -> dict[str, Any]:
     answer: dict[str, Any] = {"text": completion.text, "finish_reason": completion.finish_reason}
+    if completion.error is not None:
+        answer["error"] = completion.error
     if completion.logprobs is not None:
         answer["logprobs"] = [asdict(token) for token in completion.logprobs]
     return answer

@@ -96,6 +96,10 @@ class GrammarCompiler:
         with self._lock:
             self._running()
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
         """End the worker. Grammars that wait are refused."""
         self._closed = True

@@ -330,7 +330,10 @@ def _completion(deltas: list[Delta]) -> Completion:
         token_ids=[token for delta in deltas for token in delta.token_ids],
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
-        logprobs=None if last.logprobs is None else [one for delta in deltas for one in delta.logprobs or ()],
+        logprobs=None
+        if all(delta.logprobs is None for delta in deltas)
+        else [one for delta in deltas for one in delta.logprobs or ()],
+        error=last.error,
     )
 
 

@@ -49,7 +49,8 @@ class Delta:
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished answer. `token_ids` includes the end token, `text` does not."""
+    """One finished answer. `token_ids` includes the end token, `text` does not. `error`: why it is no whole answer, where
+    finish_reason is error."""
 
     index: int
     text: str
@@ -57,6 +58,7 @@ class Completion:
     finish_reason: str
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def create_app(server: Server, *, keys: Keys | None = None, tracing: Tracing | N
                 expose_headers=("x-request-id", "retry-after"),
             )
         )
-    doors.append(Middleware(Gate, config, keys or Keys.of(config, os.environ), server.driver.limits, metrics))
+    keys = keys or Keys.of(config, os.environ)
+    doors.append(Middleware(Gate, config, keys, server.driver.limits, metrics))
     doors.append(Middleware(BodyLimit, config))
     app = FastAPI(
         title="qwenkit",
@@ -66,6 +67,7 @@ def create_app(server: Server, *, keys: Keys | None = None, tracing: Tracing | N
         responses=DOCUMENTED,
     )
     app.state.server = server
+    app.state.keys = keys
     app.state.tracing = tracing
     install_handlers(app)
     for name in ROUTERS:

@@ -148,6 +148,10 @@ def _on_http(request: Request, error: Exception) -> JSONResponse:
 
 def _on_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    if isinstance(error.body, bytes) and any(tuple(one["loc"]) == ("body",) for one in error.errors()):
+        given = request.headers.get("content-type") or "missing"
+        sentence = f"the header Content-Type is {given[:100]}, allowed is application/json"
+        return ApiError(415, sentence, code="unsupported_media_type").response(request.url.path)
     return refusal(error.errors()).response(request.url.path)
 
 

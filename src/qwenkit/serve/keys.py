@@ -57,6 +57,13 @@ class Keys:
         named += [(f"env-{number}", key) for number, key in enumerate(filter(None, from_environment), start=1)]
         return cls(named, config.admin_key or environ.get(ADMIN_VARIABLE) or None)
 
+    def has(self, namespace: str) -> bool:
+        """Whether somebody may still come in the name of `namespace`, which is a key's; "" is the admin's, and everybody's where
+        no key is needed."""
+        if namespace == "":
+            return self.admin_is_set or not self.are_set
+        return any(key.owner.namespace == namespace for key in self._keys)
+
     def owner(self, candidates: Iterable[bytes]) -> Caller | None:
         """Whose key one of `candidates` is, as they came in the headers."""
         found: Caller | None = None

@@ -14,7 +14,7 @@ from starlette.types import Scope
 
 access = logging.getLogger("qwenkit.access")
 answers = logging.getLogger("qwenkit.answers")
-QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
+QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics", "/render"})  # asked often, by machines and by the page
 
 
 def configure(log_format: str, stream: TextIO | None = None) -> None:

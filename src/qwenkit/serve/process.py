@@ -6,10 +6,12 @@ user can put right is a ValueError before the model is loaded.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from qwenkit.serve.metrics import Metrics
 from qwenkit.serve.server import Server
 from qwenkit.serve.tracing import OtlpTracing, Tracing
 from qwenkit.text.answer import AnswerFormat
+
+log = logging.getLogger("qwenkit.serve")
 
 SWITCH_INTERVAL = (
     0.0005  # seconds until the engine's thread gets the interpreter back from the event loop; Python's own is 0.005
@@ -57,6 +61,7 @@ def run(
         logs.configure(config.log_format)
         llm = LLM(model, engine_config, lora=config.adapters(), progress=progress)
         server = make_server(llm, names_of(model, config), config)
+        _warm(server, llm)
         try:
             return _listen(server, keys, tracing, sock, on_ready)
         finally:
@@ -108,6 +113,30 @@ def make_server(llm: LLM, names: tuple[str, ...], config: ServeConfig) -> Server
         answer_format=None if llm.chat_format is None else AnswerFormat.of(llm.tokenizer, llm.chat_format),
         adapters=config.adapters(),
     )
+
+
+def _warm(server: Server, llm: LLM) -> None:
+    """Let structured output read the vocabulary before a request asks for it.
+
+    llguidance keeps the interpreter to itself meanwhile, so that comes before the first request; its process starts beside them.
+    """
+    compiler = server.compiler
+    if compiler is None:
+        return
+    try:
+        llm.engine.grammars.prepare()
+    except ValueError as error:
+        log.warning("this server has no structured output: %s", error)
+        return
+
+    def start() -> None:
+        try:
+            compiler.start()
+        except (ValueError, RuntimeError) as error:
+            if not compiler.closed:
+                log.warning("structured output is not ready: %s", error)
+
+    threading.Thread(target=start, name="grammars", daemon=True).start()
 
 
 def _listen(server: Server, keys: Keys, tracing: Tracing, sock: socket.socket, on_ready: Callable[[str], None]) -> int:

@@ -167,3 +167,14 @@ def test_strange_bodies(live: LiveServer) -> None:
     surrogates = b'{"messages": [{"role": "user", "content": "\\ud800"}], "model": "\\ud800"}'
     response = live.post("/v1/chat/completions", content=surrogates, headers={"content-type": "application/json"})
     assert response.status_code in (400, 404), response.text
+
+
+def test_a_body_that_is_not_said_to_be_json(live_server: StartServer) -> None:
+    """What `curl -d` sends unless it is told otherwise."""
+    live, body = live_server(), b'{"messages": [{"role": "user", "content": "Hi"}]}'
+    for headers in ({"content-type": "application/x-www-form-urlencoded"}, {}):
+        answer = live.post("/v1/chat/completions", content=body, headers=headers)
+        assert answer.status_code == 415
+        given = headers.get("content-type", "missing")
+        assert answer.json()["error"]["message"] == f"the header Content-Type is {given}, allowed is application/json"
+        assert answer.json()["error"]["code"] == "unsupported_media_type"

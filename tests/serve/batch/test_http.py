@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from openai.types import Batch
 
-from tests.serve.conftest import LiveServer, StartServer
+from qwenkit.text.tokenizer import Tokenizer
+from tests.serve.conftest import LiveServer, MakeServer, StartServer, running
+from tests.serve.scripted import ScriptedEngine
 
 URL = "/v1/chat/completions"
 
 
+_clients: list[openai.OpenAI] = []
+
+
+@pytest.fixture(autouse=True)
+def closed_clients() -> Iterator[None]:
+    yield
+    while _clients:
+        _clients.pop().close()
+
+
 def client_of(live: LiveServer, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=live.url + "/v1", api_key=key, max_retries=0)
+    _clients.append(openai.OpenAI(base_url=live.url + "/v1", api_key=key, max_retries=0))
+    return _clients[-1]
 
 
 def jsonl(count: int, url: str = URL, **body: Any) -> bytes:
@@ -199,3 +213,27 @@ def test_bad_uploads(live_server: StartServer) -> None:
     name = live.post("/v1/files", data={"purpose": "batch"}, files={"file": ("../../etc/passwd", b"x")}).json()
     assert live.app.state.batches.folder.joinpath("files", name["id"]).read_bytes() == b"x"
     assert live.get("/v1/files/..%2f..%2fbatches.sqlite3/content").status_code == 404
+
+
+def test_a_revoked_keys_batch_stays_where_it_is(make_server: MakeServer, tokenizer: Tokenizer) -> None:
+    batches = {}
+    slow = ScriptedEngine(tokenizer, ["Hello!"], max_num_seqs=1, seconds=0.05)
+    with running(make_server(engine=slow, api_key=("old", "kept"))) as live:
+        for key in ("old", "kept"):
+            with client_of(live, key) as client:
+                file = client.files.create(file=("in.jsonl", jsonl(30)), purpose="batch")
+                batches[key] = client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+    with running(make_server(api_key=("kept",))) as live, client_of(live, "kept") as client:
+        assert wait_for(client, batches["kept"]).status == "completed"
+        answer = live.get(f"/v1/batches/{batches['old'].id}", headers={"x-api-key": "old"})
+        assert answer.status_code == 401
+    with running(make_server(engine=slow, api_key=("old", "kept"))) as live, client_of(live, "old") as client:
+        found = client.batches.retrieve(batches["old"].id)
+        assert found.status == "in_progress", "it waited for its key"
+        assert found.request_counts is not None
+        assert found.request_counts.completed < 30
+    with running(make_server(api_key=("old",))) as live, client_of(live, "old") as client:
+        done = wait_for(client, batches["old"])
+        assert done.status == "completed"
+        assert done.request_counts is not None
+        assert done.request_counts.completed == 30

@@ -96,6 +96,7 @@ class Batches:
             concurrency=concurrency,
             max_line_bytes=config.bytes_of("max_body"),
             crowded=lambda: driver.draining or driver.num_waiting >= few,
+            serves=self._app.state.keys.has,
         )
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
