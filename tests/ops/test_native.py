@@ -1,6 +1,7 @@
 """The native ops against the reference, on every instruction set of this machine and on ragged shapes."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -173,6 +174,35 @@ def test_paged_attention(
     )
 
 
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_token_of_a_long_request_is_the_same_bit_for_bit_however_it_is_computed(
+    dtype: torch.dtype, window: int | None
+) -> None:
+    """Alone, where threads share its keys; among many rows, where they do not; and at the end of a chunk of its prompt."""
+    total, dim = 700, 64
+    cache = new_cache(50, 16, 2, dim, dtype)
+    tables = torch.randperm(50, dtype=torch.int32)[None, : -(-total // 16)]
+    slots = torch.tensor([int(tables[0, p // 16]) * 16 + p % 16 for p in range(total)])
+    native_result("write_cache", *torch.randn(2, total, 2, dim), cache, slots)
+    q = torch.randn(30, 6, dim)
+
+    def attend(q: torch.Tensor, starts: list[int], lengths: list[int]) -> torch.Tensor:
+        rows = tables.expand(len(lengths), -1).contiguous()
+        return native_result(
+            "paged_attention", q, cache, torch.tensor(starts), torch.tensor(lengths), rows, window
+        ).clone()
+
+    chunk = attend(q, [0, 30], [total])
+    expected = reference.paged_attention(q, cache, torch.tensor([0, 30]), torch.tensor([total]), tables, window)
+    tolerance = 3e-4 if dtype == torch.int8 else 3e-6
+    torch.testing.assert_close(chunk, expected, atol=tolerance, rtol=1e-5)
+    assert torch.equal(attend(q[-1:].contiguous(), [0, 1], [total])[0], chunk[-1])
+    many = 8 * (os.cpu_count() or 1) + 1
+    rows = attend(q[-1:].repeat(many, 1, 1), list(range(many + 1)), [total] * many)
+    assert all(torch.equal(row, chunk[-1]) for row in rows)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_not_lost(bad: float) -> None:
     """A broken value must reach the logits, where it is noticed, not vanish in a rounding."""
@@ -186,9 +216,9 @@ def test_what_is_not_finite_is_not_lost(bad: float) -> None:
     if bad != -torch.inf:
         assert not native_result("silu_mul", x, torch.ones(2, 64))[1, 37].isfinite()
     assert not native_result("add", x, torch.ones(2, 64))[1, 37].isfinite()
-    for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        cache = new_cache(1, 16, 1, 32, dtype)
-        q, (k, v) = torch.randn(1, 2, 32), torch.randn(2, 9, 1, 32)
+    for dtype, dim in itertools.product((torch.float32, torch.bfloat16, torch.int8), (32, 64)):
+        cache = new_cache(1, 16, 1, dim, dtype)
+        q, (k, v) = torch.randn(1, 2, dim), torch.randn(2, 9, 1, dim)
         v[3, 0, 5] = bad
         tables, one = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1])
         native_result("write_cache", k, v, cache, torch.arange(9))

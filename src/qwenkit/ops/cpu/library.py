@@ -20,7 +20,7 @@ class Op(ctypes.Structure):
     _fields_ = (
         ("kind", ctypes.c_int32),
         ("wait", ctypes.c_int32),
-        ("p", ctypes.c_void_p * 10),
+        ("p", ctypes.c_void_p * 12),
         ("n", ctypes.c_int64 * 12),
         ("x", ctypes.c_double),
     )

@@ -22,7 +22,7 @@ enum Kind : int32_t {
 struct Op {
   int32_t kind;
   int32_t wait;
-  void* p[10];
+  void* p[12];
   int64_t n[12];
   double x;
 };

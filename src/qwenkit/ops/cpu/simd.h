@@ -8,6 +8,8 @@
 
 // Loops over lanes of a tile: only when they are unrolled do their sums stay in registers.
 #define QK_UNROLL _Pragma("GCC unroll 16")
+// Inner loops that are functions of their own: inlined into a large one their sums no longer fit the registers.
+#define QK_NOINLINE __attribute__((noinline)) inline
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 
@@ -25,12 +27,14 @@ static inline F16 f_max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline F16 f_min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline F16 f_fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 static inline F16 f_abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
+static inline float f_first(F16 a) { return _mm512_cvtss_f32(a.v); }
 static inline float f_sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
 static inline float f_hmax(F16 a) { return _mm512_reduce_max_ps(a.v); }
 // one bit a lane: a > b, a >= b, a is NaN
 static inline uint32_t f_gt(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 static inline uint32_t f_ge(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 static inline F16 f_if_gt(F16 a, F16 b) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), a.v)}; }  // a where a > b, else 0
+static inline F16 f_if(F16 a, F16 b, F16 x) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), x.v)}; }  // x where not a < b
 static inline uint32_t f_nan(F16 a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 static inline F16 f_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 static inline F16 f_bf16(const uint16_t* p) {
@@ -49,6 +53,17 @@ static inline I16 i_broadcast(const void* p) {  // four bytes to every lane
   return {_mm512_set1_epi32(four)};
 }
 static inline void i_store_i8(int8_t* p, I16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a.v)); }
+static inline void i_store_u8(uint8_t* p, I16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }  // the lowest byte of each
+static inline void i_store(void* p, I16 a) { _mm512_storeu_si512(p, a.v); }
+static inline I16 i_shift_right8(I16 a) { return {_mm512_srli_epi32(a.v, 8)}; }
+// Bytes of four vectors side by side, within each 128 bits: afterwards x[v] holds in its part L the bytes 16 L + 4 v + 0..3, each as
+// the four of all vectors.
+static inline void i_interleave4(I16* x) {
+  const __m512i a = _mm512_unpacklo_epi8(x[0].v, x[1].v), b = _mm512_unpackhi_epi8(x[0].v, x[1].v);
+  const __m512i c = _mm512_unpacklo_epi8(x[2].v, x[3].v), d = _mm512_unpackhi_epi8(x[2].v, x[3].v);
+  x[0].v = _mm512_unpacklo_epi16(a, c), x[1].v = _mm512_unpackhi_epi16(a, c);
+  x[2].v = _mm512_unpacklo_epi16(b, d), x[3].v = _mm512_unpackhi_epi16(b, d);
+}
 static inline I16 i_add(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 static inline int32_t i_sum(I16 a) { return _mm512_reduce_add_epi32(a.v); }
 static inline I16 i_low_nibbles(I16 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
@@ -83,6 +98,7 @@ static inline F16 f_abs(F16 x) {
   const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)};
 }
+static inline float f_first(F16 x) { return _mm256_cvtss_f32(x.a); }
 static inline float f_sum8(__m256 x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -100,6 +116,9 @@ static inline uint32_t f_gt(F16 x, F16 y) { return f_masks(_mm256_cmp_ps(x.a, y.
 static inline uint32_t f_ge(F16 x, F16 y) { return f_masks(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ)); }
 static inline F16 f_if_gt(F16 x, F16 y) {
   return {_mm256_and_ps(x.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)), _mm256_and_ps(x.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))};
+}
+static inline F16 f_if(F16 x, F16 y, F16 z) {
+  return {_mm256_and_ps(z.a, _mm256_cmp_ps(x.a, y.a, _CMP_NLT_UQ)), _mm256_and_ps(z.b, _mm256_cmp_ps(x.b, y.b, _CMP_NLT_UQ))};
 }
 static inline uint32_t f_nan(F16 x) { return f_masks(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q)); }
 static inline F16 f_half(const uint16_t* p) {
@@ -133,6 +152,26 @@ static inline I16 i_broadcast(const void* p) {
 static inline void i_store_i8(int8_t* p, I16 x) {
   __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+}
+static inline __m128i i_low_bytes8(__m256i x) {
+  x = _mm256_and_si256(x, _mm256_set1_epi32(255));
+  x = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08);
+  return _mm_packus_epi16(_mm256_castsi256_si128(x), _mm256_castsi256_si128(x));
+}
+static inline void i_store_u8(uint8_t* p, I16 x) {
+  _mm_storeu_si128((__m128i*)p, _mm_unpacklo_epi64(i_low_bytes8(x.a), i_low_bytes8(x.b)));
+}
+static inline void i_store(void* p, I16 x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)p + 1, x.b); }
+static inline I16 i_shift_right8(I16 x) { return {_mm256_srli_epi32(x.a, 8), _mm256_srli_epi32(x.b, 8)}; }
+static inline void i_interleave4x8(__m256i& x0, __m256i& x1, __m256i& x2, __m256i& x3) {
+  const __m256i a = _mm256_unpacklo_epi8(x0, x1), b = _mm256_unpackhi_epi8(x0, x1);
+  const __m256i c = _mm256_unpacklo_epi8(x2, x3), d = _mm256_unpackhi_epi8(x2, x3);
+  x0 = _mm256_unpacklo_epi16(a, c), x1 = _mm256_unpackhi_epi16(a, c);
+  x2 = _mm256_unpacklo_epi16(b, d), x3 = _mm256_unpackhi_epi16(b, d);
+}
+static inline void i_interleave4(I16* x) {
+  i_interleave4x8(x[0].a, x[1].a, x[2].a, x[3].a);
+  i_interleave4x8(x[0].b, x[1].b, x[2].b, x[3].b);
 }
 static inline I16 i_add(I16 x, I16 y) { return QK_TWICE(_mm256_add_epi32); }
 static inline int32_t i_sum(I16 x) {

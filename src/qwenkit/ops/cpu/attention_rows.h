@@ -1,0 +1,278 @@
+// Queries against a tile: their scores, the weights these become, and the weighted values, which are added to what the rows have so
+// far. A row is one head of one token.
+#pragma once
+#include <cfloat>
+#include <cmath>
+
+#include "attention_tile.h"
+
+namespace {
+
+// Scores of R queries against fp32 or bf16 keys.
+template <int PACK, int R>
+QK_NOINLINE void score_floats(const float* const* queries, const Tile& tile, int64_t dim, float scale, float (*scores)[KEYS]) {
+  F16 low[R], high[R];
+  QK_UNROLL
+  for (int r = 0; r < R; r++) low[r] = high[r] = f_zero();
+  const uint8_t *k0 = tile.keys[0], *k1 = tile.keys[1];
+  for (int64_t d = 0; d < dim; d += PACK, k0 += tile.stride, k1 += tile.stride) {
+    if (PACK == 1) {
+      const F16 key0 = f_load((const float*)k0), key1 = f_load((const float*)k1);
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
+        const F16 query = f_set1(queries[r][d]);
+        low[r] = f_fma(query, key0, low[r]);
+        high[r] = f_fma(query, key1, high[r]);
+      }
+    } else {
+      const I16 pair0 = i_load(k0), pair1 = i_load(k1);
+      const F16 even0 = f_even_bf16(pair0), odd0 = f_odd_bf16(pair0), even1 = f_even_bf16(pair1), odd1 = f_odd_bf16(pair1);
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
+        const F16 even = f_set1(queries[r][d]), odd = f_set1(queries[r][d + 1]);
+        low[r] = f_fma(odd, odd0, f_fma(even, even0, low[r]));
+        high[r] = f_fma(odd, odd1, f_fma(even, even1, high[r]));
+      }
+    }
+  }
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    f_store(scores[r], f_mul(low[r], f_set1(scale)));
+    f_store(scores[r] + LANES, f_mul(high[r], f_set1(scale)));
+  }
+}
+
+// Adds R queries times the rotated bias to their scores.
+template <int R>
+QK_NOINLINE void add_bias(const Pass& pass, const KeyBias& bias, const int* rows, const Tile& tile, float (*scores)[KEYS]) {
+  F16 low[R], high[R];
+  const float* turns[R];
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    low[r] = f_load(scores[r]), high[r] = f_load(scores[r] + LANES);
+    turns[r] = pass.turns + rows[r] * 2 * bias.half;
+  }
+  for (int i = 0; i < pass.num_angles; i++) {
+    const int64_t at = pass.angles[i] * bias.length;
+    const F16 cos0 = f_load(tile.cos[0] + at), cos1 = f_load(tile.cos[1] + at);
+    const F16 sin0 = f_load(tile.sin[0] + at), sin1 = f_load(tile.sin[1] + at);
+    QK_UNROLL
+    for (int r = 0; r < R; r++) {
+      const F16 a = f_set1(turns[r][2 * i]), b = f_set1(turns[r][2 * i + 1]);
+      low[r] = f_fma(b, sin0, f_fma(a, cos0, low[r]));
+      high[r] = f_fma(b, sin1, f_fma(a, cos1, high[r]));
+    }
+  }
+  QK_UNROLL
+  for (int r = 0; r < R; r++) f_store(scores[r], low[r]), f_store(scores[r] + LANES, high[r]);
+}
+
+// Scores of R queries against int8 or int4 keys; rows[r] is the place of a query in the pass.
+template <int PACK, int R>
+QK_NOINLINE void score_bytes(const Pass& pass, const int* rows, const Tile& tile, int64_t dim, float scale, float (*scores)[KEYS]) {
+  I16 coarse[2][R], fine[2][R];
+  const int8_t* queries[R];
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    queries[r] = pass.queries + rows[r] * 2 * dim;
+    coarse[0][r] = coarse[1][r] = i_set1(pass.query_rows[rows[r]].start[0]);
+    fine[0][r] = fine[1][r] = i_set1(pass.query_rows[rows[r]].start[1]);
+  }
+  const uint8_t *k0 = tile.keys[0], *k1 = tile.keys[1];
+  for (int64_t d = 0; d < dim; d += PACK, k0 += tile.stride, k1 += tile.stride) {
+    const I16 lanes0 = i_load(k0), lanes1 = i_load(k1);
+    QK_UNROLL
+    for (int part = 0; part < PACK / 4; part++) {
+      const I16 key0 = PACK == CACHE_INT8 ? lanes0 : part ? i_high_nibbles(lanes0) : i_low_nibbles(lanes0);
+      const I16 key1 = PACK == CACHE_INT8 ? lanes1 : part ? i_high_nibbles(lanes1) : i_low_nibbles(lanes1);
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
+        const I16 high = i_broadcast(queries[r] + d + part * 4), low = i_broadcast(queries[r] + dim + d + part * 4);
+        coarse[0][r] = i_dot(coarse[0][r], key0, high);
+        coarse[1][r] = i_dot(coarse[1][r], key1, high);
+        fine[0][r] = i_dot(fine[0][r], key0, low);
+        fine[1][r] = i_dot(fine[1][r], key1, low);
+      }
+    }
+  }
+  if (PACK == CACHE_INT4) {
+    const I16 pair0 = i_load(tile.key_scale), pair1 = i_load(tile.key_scale + LANES);
+    const F16 scale0 = f_mul(f_even_bf16(pair0), f_set1(scale)), scale1 = f_mul(f_even_bf16(pair1), f_set1(scale));
+    const F16 offset0 = f_mul(f_odd_bf16(pair0), f_set1(scale)), offset1 = f_mul(f_odd_bf16(pair1), f_set1(scale));
+    QK_UNROLL
+    for (int r = 0; r < R; r++) {
+      const QueryRow& row = pass.query_rows[rows[r]];
+      const F16 step = f_set1(row.scale), steps = f_set1(256.0f), total = f_set1(row.total);
+      const F16 sum0 = f_mul(f_fma(f_of_i(coarse[0][r]), steps, f_of_i(fine[0][r])), step);
+      const F16 sum1 = f_mul(f_fma(f_of_i(coarse[1][r]), steps, f_of_i(fine[1][r])), step);
+      f_store(scores[r], f_fma(sum0, scale0, f_mul(total, offset0)));
+      f_store(scores[r] + LANES, f_fma(sum1, scale1, f_mul(total, offset1)));
+    }
+    return;
+  }
+  const F16 scale0 = f_mul(f_load(tile.key_scale), f_set1(scale)), scale1 = f_mul(f_load(tile.key_scale + LANES), f_set1(scale));
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    const F16 step = f_set1(pass.query_rows[rows[r]].scale), steps = f_set1(256.0f);
+    f_store(scores[r], f_mul(f_mul(f_fma(f_of_i(coarse[0][r]), steps, f_of_i(fine[0][r])), step), scale0));
+    f_store(scores[r] + LANES, f_mul(f_mul(f_fma(f_of_i(coarse[1][r]), steps, f_of_i(fine[1][r])), step), scale1));
+  }
+}
+
+// For R rows: what they have so far times its correction, plus the values weighted by their scores, V vectors of 16 at a time.
+template <int R, int V>
+QK_NOINLINE void add_values(float* const* rows, const float* corrections, const float (*weights)[KEYS], const Tile& tile, int64_t dim, int64_t d) {
+  F16 sums[R][V];
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    QK_UNROLL
+    for (int v = 0; v < V; v++) sums[r][v] = f_mul(f_load(rows[r] + d + v * LANES), f_set1(corrections[r]));
+  }
+  for (int half = 0; half < 2; half++) {
+    const float* values = tile.values[half] + d;
+    for (int j = half * LANES; j < (half + 1) * LANES; j++, values += dim) {
+      F16 value[V];
+      QK_UNROLL
+      for (int v = 0; v < V; v++) value[v] = f_load(values + v * LANES);
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
+        const F16 weight = f_set1(weights[r][j]);
+        QK_UNROLL
+        for (int v = 0; v < V; v++) sums[r][v] = f_fma(weight, value[v], sums[r][v]);
+      }
+    }
+  }
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    QK_UNROLL
+    for (int v = 0; v < V; v++) f_store(rows[r] + d + v * LANES, sums[r][v]);
+  }
+}
+
+template <int R>
+inline void add_all_values(float* const* rows, const float* corrections, const float (*weights)[KEYS], const Tile& tile, int64_t dim) {
+  int64_t d = 0;
+  for (; d + 64 <= dim; d += 64) add_values<R, 4>(rows, corrections, weights, tile, dim, d);
+  for (; d + 16 <= dim; d += 16) add_values<R, 1>(rows, corrections, weights, tile, dim, d);
+  for (; d < dim; d++)
+    for (int r = 0; r < R; r++) {
+      float sum = rows[r][d] * corrections[r];
+      for (int j = 0; j < KEYS; j++) sum += weights[r][j] * tile.values[j / LANES][j % LANES * dim + d];
+      rows[r][d] = sum;
+    }
+}
+
+// The weights of one row for byte values: steps of 1 / 65280 of the largest, split into two unsigned bytes.
+struct ByteWeights {
+  alignas(64) uint8_t high[KEYS], low[KEYS];
+};
+
+// For R rows: what they have so far times its correction, plus the weighted int8 values times `scales`. Channels of a chunk of 64 lie
+// in the order in which interleaving left them; `write_row` undoes it.
+template <int R>
+QK_NOINLINE void add_bytes(float* const* rows, const float* corrections, const float* scales, const ByteWeights* weights, const Tile& tile,
+                      int64_t dim) {
+  for (int64_t at = 0; at < dim; at += 32) {  // half a chunk: two vectors
+    const int8_t* values = tile.bytes + at / 64 * 64 * KEYS + at % 64 * 4;
+    I16 high[R][2], low[R][2];
+    QK_UNROLL
+    for (int r = 0; r < R; r++) high[r][0] = high[r][1] = low[r][0] = low[r][1] = i_set1(0);
+    for (int j = 0; j < KEYS; j += 4, values += 256) {
+      const I16 v0 = i_load(values), v1 = i_load(values + 64);
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
+        const I16 h = i_broadcast(weights[r].high + j), l = i_broadcast(weights[r].low + j);
+        high[r][0] = i_dot(high[r][0], h, v0);
+        high[r][1] = i_dot(high[r][1], h, v1);
+        low[r][0] = i_dot(low[r][0], l, v0);
+        low[r][1] = i_dot(low[r][1], l, v1);
+      }
+    }
+    QK_UNROLL
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < 2; v++) {
+        float* sum = rows[r] + at + v * LANES;
+        const F16 products = f_fma(f_of_i(high[r][v]), f_set1(256.0f), f_of_i(low[r][v]));
+        f_store(sum, f_fma(products, f_set1(scales[r]), f_mul(f_load(sum), f_set1(corrections[r]))));
+      }
+  }
+}
+
+// Rows `first` .. `first + R` of a pass against the keys from position `start`. A row is one head of one token.
+template <int PACK, int R>
+inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const Tile& tile, int first, int rows, const float* q, int64_t start,
+                        int64_t first_position) {
+  const int64_t group = h.heads / h.kv_heads, dim = h.dim, q_stride = h.heads * dim;
+  int row_of[R];
+  float* sums[R];
+  alignas(64) float scores[R][KEYS];
+  ByteWeights split[R];
+  const bool bytes = multiplies_bytes<PACK>(dim);
+  for (int r = 0; r < R; r++) {
+    row_of[r] = first + r < rows ? first + r : rows - 1;
+    sums[r] = pass.sums + (first + r) * dim;
+  }
+  constexpr int PART = R < 4 ? R : 4;
+  if (PACK >= CACHE_INT8) {
+    for (int r = 0; r < R; r += PART) {
+      score_bytes<PACK, PART>(pass, row_of + r, tile, dim, h.scale, scores + r);
+      if (bias) add_bias<PART>(pass, *bias, row_of + r, tile, scores + r);
+    }
+  } else {
+    const float* queries[R];
+    for (int r = 0; r < R; r++) queries[r] = q + row_of[r] / group * q_stride + row_of[r] % group * dim;
+    score_floats<PACK, R>(queries, tile, dim, h.scale, scores);
+  }
+  alignas(64) float highest[LANES], scales[LANES], corrections[LANES];
+  bool edge[R];
+  for (int r = 0; r < R; r++) {
+    const int64_t position = first_position + row_of[r] / group;
+    const int64_t last = position - start, before = h.window > 0 ? position - h.window - start : -1;
+    edge[r] = last < KEYS - 1 || before >= 0;  // keys after `last`, and up to `before`, are hidden from this row
+    if (edge[r])
+      for (int j = 0; j < KEYS; j++)
+        if (j > last || j <= before) scores[r][j] = -INFINITY;
+    highest[r] = f_hmax(f_max(f_load(scores[r]), f_load(scores[r] + LANES)));
+  }
+  // Weights are relative to the tile's own peak. Then, of what was and what comes, one keeps its size and the other shrinks. Where
+  // nothing is visible yet both are -inf, and -inf + inf would be NaN: FLT_MAX stands in for infinity.
+  for (int r = R; r < LANES; r++) highest[r] = 0;
+  const F16 was = f_load(pass.largest + first), comes = f_max(f_load(highest), f_set1(-FLT_MAX)), now = f_max(was, comes);
+  f_store(corrections, f_exp(f_sub(was, now)));
+  f_store(scales, f_exp(f_sub(comes, now)));
+  f_store(highest, comes);
+  const F16 steps = f_set1(tile.largest_value_scale > 0 ? 65280.0f / tile.largest_value_scale : 0);
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    const F16 peak = f_set1(highest[r]);
+    F16 weight0 = f_exp(f_sub(f_load(scores[r]), peak)), weight1 = f_exp(f_sub(f_load(scores[r] + LANES), peak));
+    if (edge[r]) {  // e^-inf is not quite 0 here
+      const F16 hidden = f_set1(-FLT_MAX);
+      weight0 = f_if(f_load(scores[r]), hidden, weight0), weight1 = f_if(f_load(scores[r] + LANES), hidden, weight1);
+    }
+    float* sum = pass.weight_sums + (first + r) * LANES;
+    f_store(sum, f_fma(f_load(sum), f_set1(corrections[r]), f_mul(f_add(weight0, weight1), f_set1(scales[r]))));
+    if (PACK == CACHE_INT8) {
+      weight0 = f_mul(weight0, f_load(tile.value_scale));
+      weight1 = f_mul(weight1, f_load(tile.value_scale + LANES));
+    }
+    if (bytes) {
+      const I16 whole0 = i_of_f(f_mul(weight0, steps)), whole1 = i_of_f(f_mul(weight1, steps));
+      i_store_u8(split[r].low, whole0);
+      i_store_u8(split[r].low + LANES, whole1);
+      i_store_u8(split[r].high, i_shift_right8(whole0));
+      i_store_u8(split[r].high + LANES, i_shift_right8(whole1));
+      scales[r] *= tile.largest_value_scale / 65280.0f;
+    } else {
+      f_store(scores[r], f_mul(weight0, f_set1(scales[r])));
+      f_store(scores[r] + LANES, f_mul(weight1, f_set1(scales[r])));
+    }
+  }
+  for (int r = 0; r < R; r++) pass.largest[first + r] = pass.largest[first + r] > highest[r] ? pass.largest[first + r] : highest[r];
+  for (int part = 0; part < R; part += PART) {
+    if (bytes) add_bytes<PART>(sums + part, corrections + part, scales + part, split + part, tile, dim);
+    else add_all_values<PART>(sums + part, corrections + part, scores + part, tile, dim);
+  }
+}
+
+}  // namespace

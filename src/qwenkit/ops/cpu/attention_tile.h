@@ -1,0 +1,196 @@
+// A tile of attention: what 32 positions of one key head hold, ready to be multiplied with queries, and what a thread needs to do it.
+#pragma once
+#include "cache.h"
+#include "program.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int QUERIES = 16;    // tokens of one row that share a pass over the keys
+constexpr int PART_KEYS = 256;  // sums begin anew after so many keys, and are then added up: parts can be computed by several threads
+constexpr int KEYS = 32;       // keys that are scored together: two vectors of 16 lanes
+constexpr int MAX_PASS = 128;  // tokens times heads of a pass
+constexpr int PAD = 8;         // rows that fill up the last tile; they repeat the last row and are thrown away
+
+struct Heads {
+  int64_t heads, kv_heads, dim, block_size, max_blocks, window;
+  float scale;
+};
+
+// A query for int8 and int4 keys: 16 bits as a coarse and a fine row of int8. The sums of products begin at `start`, which takes the
+// 128 away that every int8 key has too much. `total` is the sum of the query's channels, for what is added to int4 keys.
+struct QueryRow {
+  float scale, total;
+  int32_t start[2];
+};
+
+struct Pass {
+  alignas(64) float sums[(MAX_PASS + PAD) * MAX_DIM];
+  alignas(64) float weight_sums[(MAX_PASS + PAD) * LANES];  // of each lane
+  float largest[MAX_PASS + PAD + LANES];
+  alignas(64) uint8_t keys[2][MAX_DIM * LANES * 4];  // lanes gathered from blocks that are not multiples of 16 long
+  alignas(64) float values[KEYS * MAX_DIM];          // values of a tile as fp32, or
+  alignas(64) int8_t bytes[KEYS * MAX_DIM];          // as int8: [64 channels][4 positions][channel][position]
+  QueryRow query_rows[MAX_PASS];
+  alignas(64) int8_t queries[MAX_PASS * 2 * MAX_DIM];  // [row][coarse, fine][dim]
+  float turns[MAX_PASS * MAX_DIM];                     // [row][angle]: what its cosine and its sine add to the row's scores
+  int64_t angles[MAX_DIM / 2];                         // those whose pairs of channels have a bias
+  int num_angles;
+  float totals[MAX_PASS * (MAX_DIM + 2 * LANES)], row[MAX_DIM + 2 * LANES];  // accumulators, see store_row
+};
+
+// What a tile of 32 positions reads, in two halves of 16: keys[half] has a vector of 16 lanes every `stride` bytes, values[half] the
+// rows of these positions one after the other; scales are those of the lanes.
+struct Tile {
+  const uint8_t* keys[2];
+  const float* values[2];
+  int64_t stride;
+  alignas(64) float key_scale[KEYS], value_scale[KEYS];
+  const int8_t* bytes;       // int8 values, where `multiplies_bytes`
+  float largest_value_scale;
+  const float *cos[2], *sin[2];  // of the first angle at the positions of each half, with a key bias
+};
+
+// int8 values are multiplied as they are, by weights of 16 bits; other shapes of them go through fp32.
+template <int PACK>
+inline bool multiplies_bytes(int64_t dim) {
+  return PACK == CACHE_INT8 && dim % 64 == 0;
+}
+
+template <int PACK>
+inline void quantize_query(const float* q, int64_t dim, QueryRow& row, int8_t* out) {
+  alignas(64) float padded[MAX_DIM];
+  alignas(64) int8_t coarse[MAX_DIM], fine[MAX_DIM];
+  const int64_t vectors = (dim + LANES - 1) / LANES * LANES;
+  memcpy(padded, q, dim * sizeof(float));
+  for (int64_t d = dim; d < vectors; d++) padded[d] = 0;
+  F16 largest = f_zero(), nothing = f_zero();  // NaN if a value is not finite
+  for (int64_t d = 0; d < vectors; d += LANES) {
+    const F16 x = f_load(padded + d);
+    largest = f_max(largest, f_abs(x));
+    nothing = f_add(nothing, f_sub(x, x));
+  }
+  row.scale = f_hmax(largest) / (127.0f * 256.0f) + f_sum(nothing);
+  const F16 inverse = f_set1(row.scale > 0 ? 1.0f / row.scale : 0.0f);
+  I16 sums[2] = {i_set1(0), i_set1(0)};
+  for (int64_t d = 0; d < vectors; d += LANES) {
+    const F16 whole = f_round(f_mul(f_load(padded + d), inverse)), high = f_round(f_mul(whole, f_set1(1.0f / 256)));
+    const I16 parts[2] = {i_of_f(high), i_of_f(f_min(f_set1(127.0f), f_sub(whole, f_mul(high, f_set1(256.0f)))))};
+    sums[0] = i_add(sums[0], parts[0]), sums[1] = i_add(sums[1], parts[1]);
+    i_store_i8(coarse + d, parts[0]);
+    i_store_i8(fine + d, parts[1]);
+  }
+  memcpy(out, coarse, dim);
+  memcpy(out + dim, fine, dim);
+  const int32_t totals[2] = {i_sum(sums[0]), i_sum(sums[1])};
+  row.total = row.scale * ((float)totals[0] * 256.0f + (float)totals[1]);
+  for (int part = 0; part < 2; part++) row.start[part] = PACK == CACHE_INT8 ? -128 * totals[part] : 0;
+}
+
+// With a key bias b: what queries times its rotation are, as weights of the cosine and the sine of each angle. Channels that do not
+// rotate add the same to all of a query's scores, which changes no probability.
+inline void turn_queries(const Heads& h, const KeyBias& bias, const float* b, const float* q, int rows, Pass& pass) {
+  const int64_t group = h.heads / h.kv_heads, half = bias.half;
+  pass.num_angles = 0;
+  for (int64_t d = 0; d < half; d++)
+    if (b[d] != 0 || b[half + d] != 0) pass.angles[pass.num_angles++] = d;
+  for (int r = 0; r < rows; r++) {
+    const float* query = q + r / group * h.heads * h.dim + r % group * h.dim;
+    float* turns = pass.turns + r * 2 * half;
+    for (int i = 0; i < pass.num_angles; i++) {
+      const int64_t d = pass.angles[i];
+      turns[2 * i] = h.scale * (query[d] * b[d] + query[half + d] * b[half + d]);
+      turns[2 * i + 1] = h.scale * (query[half + d] * b[d] - query[d] * b[half + d]);
+    }
+  }
+}
+
+// 16 rows of int8 values as a half of a tile: the bytes of 4 positions side by side for each channel.
+inline void interleave(const int8_t* rows, int64_t dim, int half, int8_t* out) {
+  for (int64_t d = 0; d < dim; d += 64)
+    for (int j = 0; j < LANES; j += 4) {
+      I16 four[4];
+      for (int i = 0; i < 4; i++) four[i] = i_load(rows + (j + i) * dim + d);
+      i_interleave4(four);
+      for (int i = 0; i < 4; i++) i_store(out + d * KEYS + (half * LANES + j) / 4 * 256 + i * 64, four[i]);
+    }
+}
+
+// Finds the positions start .. start + 31 of a request. Those beyond `last` are hidden from every row by the caller; their values and
+// scales become 0 here, because memory that was never written may hold NaN, and 0 times NaN is NaN.
+template <int PACK>
+inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head, int64_t start, int64_t last, Pass& pass, Tile& tile) {
+  const int64_t size = cache.block_size, dim = cache.dim;
+  const bool whole = size % LANES == 0;  // a half lies in one block
+  tile.stride = whole ? size * 4 : LANES * 4;
+  tile.bytes = pass.bytes;
+  const bool bytes = multiplies_bytes<PACK>(dim);
+  for (int half = 0; half < 2; half++) {
+    const int64_t from = start + half * LANES;
+    const int count = from > last ? 0 : from + LANES - 1 <= last ? LANES : (int)(last - from + 1);
+    float* values = pass.values + half * LANES * dim;
+    tile.values[half] = values;
+    alignas(64) int8_t gathered[LANES * MAX_DIM];  // byte rows that do not lie one after the other
+    const int8_t* byte_rows = gathered;
+    if (count < LANES) {
+      if (bytes) memset(gathered + count * dim, 0, (LANES - count) * dim);
+      else memset(values + count * dim, 0, (LANES - count) * dim * sizeof(float));
+      memset(tile.key_scale + half * LANES, 0, LANES * sizeof(float));
+      memset(tile.value_scale + half * LANES, 0, LANES * sizeof(float));
+      if (count == 0) {
+        tile.keys[half] = tile.keys[0];
+        if (bytes) interleave(gathered, dim, half, pass.bytes);
+        continue;
+      }
+    }
+    if (whole) {
+      const int64_t block = table[from / size], inside = from % size, at = cache.head_of(block, kv_head) * size + inside;
+      const uint8_t* rows = cache.value_row(block, kv_head, inside);
+      tile.keys[half] = cache.key_lane(block, kv_head, inside);
+      if (bytes && count == LANES) byte_rows = (const int8_t*)rows;
+      else if (bytes) memcpy(gathered, rows, count * dim);
+      else if (PACK == CACHE_INT4)
+        for (int j = 0; j < count; j++) widen_nibbles(rows + j * dim / 2, (const uint8_t*)(cache.value_scale + at + j), values + j * dim, dim);
+      else if (PACK != CACHE_FP32) widen<PACK>(rows, values, count * dim);
+      else if (count < LANES) memcpy(values, rows, count * dim * sizeof(float));
+      else tile.values[half] = (const float*)rows;
+      if (PACK >= CACHE_INT8) {
+        memcpy(tile.key_scale + half * LANES, cache.key_scale + at, count * sizeof(float));
+        memcpy(tile.value_scale + half * LANES, cache.value_scale + at, count * sizeof(float));
+      }
+    } else {
+      tile.keys[half] = pass.keys[half];
+      for (int j = 0; j < count; j++) {
+        const int64_t block = table[(from + j) / size], inside = (from + j) % size, at = cache.head_of(block, kv_head) * size + inside;
+        const uint8_t *lane = cache.key_lane(block, kv_head, inside), *row = cache.value_row(block, kv_head, inside);
+        for (int64_t d = 0; d < dim / PACK; d++) memcpy(pass.keys[half] + (d * LANES + j) * 4, lane + d * size * 4, 4);
+        if (bytes) memcpy(gathered + j * dim, row, dim);
+        else if (PACK == CACHE_FP32) memcpy(values + j * dim, row, dim * sizeof(float));
+        else if (PACK == CACHE_INT4) widen_nibbles(row, (const uint8_t*)(cache.value_scale + at), values + j * dim, dim);
+        else widen<PACK>(row, values + j * dim, dim);
+        if (PACK >= CACHE_INT8) {
+          tile.key_scale[half * LANES + j] = cache.key_scale[at];
+          tile.value_scale[half * LANES + j] = cache.value_scale[at];
+        }
+      }
+    }
+    if (bytes) interleave(byte_rows, dim, half, pass.bytes);
+  }
+  if (bytes) {  // 0 times the sum: NaN if one of them is
+    const F16 scale0 = f_load(tile.value_scale), scale1 = f_load(tile.value_scale + LANES);
+    tile.largest_value_scale = f_hmax(f_max(scale0, scale1)) + 0.0f * f_sum(f_add(scale0, scale1));
+  }
+}
+
+// Ask for the keys and values of the blocks that the positions start .. start + 31 begin in.
+inline void prefetch_tile(const Cache& cache, const int32_t* table, int64_t kv_head, int64_t start, int64_t last) {
+  for (int64_t from = start; from <= last && from < start + KEYS; from += cache.block_size) {
+    const int64_t block = cache.head_of(table[from / cache.block_size], kv_head) * cache.head_bytes();
+    for (int64_t byte = 0; byte < cache.head_bytes(); byte += 64) {
+      __builtin_prefetch(cache.keys + block + byte);
+      __builtin_prefetch(cache.values + block + byte);
+    }
+  }
+}
+
+}  // namespace
