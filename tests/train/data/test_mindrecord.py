@@ -117,7 +117,7 @@ def test_damaged_files_are_named(shared: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.mindrecord"
     for broken in (b"", data[:100], data[:20000], data[:16390] + b"\xff" * 20 + data[16410:]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="x.mindrecord"):
+        with pytest.raises(ValueError, match=r"x\.mindrecord"):
             rows_of(path)
 
 

@@ -32,7 +32,7 @@ VERSION = 1  # of the files' layout and of the rules by which records are read a
 # Settings that decide what a record becomes; those of shuffling, packing and the run do not.
 _SETTINGS = (
     *("stage", "system", "variables", "cutoff_len", "max_samples", "labels", "train_on_prompt", "mask_history"),
-    *("overlong", "bad_samples", "packs"),
+    *("overlong", "bad_samples"),
 )
 _PROBE = "Ünïcode 你好，世界 123 4567 don't\n\n  \t👩‍👩‍👧 e\u0301 def f(x):\n    return x ** 2 <think> <tool_call> <|im_end|> "
 _TYPES = dict(ids="i", learned="B", starts="q", files="i", lines="q", units="q", liked="B", records="q")  # noqa: C408
@@ -66,11 +66,16 @@ def fingerprint(tokenizer: Tokenizer, chat: ChatFormat | None) -> str:
     return digest.hexdigest()
 
 
+def config_key(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a record becomes, and the version of the rules."""
+    chunks = config.stage == "pt" and config.packs  # no text is too long then
+    return {"version": VERSION, "chunks": chunks, **{name: getattr(config, name) for name in _SETTINGS}}
+
+
 def store_key(config: TrainConfig, source: DataSource, ids_hash: str) -> str:
     """The name of a source's store. Reads every byte of its files."""
     digest = hashlib.sha256()
-    settings = {name: getattr(config, name) for name in _SETTINGS}
-    digest.update(json.dumps([VERSION, ids_hash, settings, source.settings], sort_keys=True).encode())
+    digest.update(json.dumps([ids_hash, config_key(config), source.settings], sort_keys=True).encode())
     for path in source.files:
         with path.open("rb") as file:
             inner = hashlib.sha256()

@@ -113,7 +113,8 @@ class _JsonFile:
             self._seek(cursor, line)
         elif is_list:
             self._advance(self._at + 1)
-        first = cursor == 0
+        # An entry's own cursor stands at its beginning, the end of the one before at a comma.
+        first = cursor == 0 or self._next() not in (",", "]")
         while (sign := self._next()) is not None:
             if is_list and sign == "]":
                 self._advance(self._at + 1)

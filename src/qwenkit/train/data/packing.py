@@ -6,7 +6,9 @@ lost or comes twice; a pack only ever holds whole documents, so that attention k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bisect
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -24,42 +26,39 @@ class Packer(Generic[T]):
 
     def __init__(self, capacity: int, max_open: int = OPEN_PACKS) -> None:
         self._capacity, self._max_open = capacity, max_open
-        self._open: list[tuple[int, list[T]]] = []  # tokens used, samples; in the order of opening
+        self._order: list[tuple[int, int]] = []  # (tokens used, number) of the open packs, sorted
+        self._packs: dict[int, list[T]] = {}
+        self._next_number = 0
 
     def add(self, sample: T, length: int) -> list[T] | None:
         """Take one sample; gives a pack when one is ready. A sample longer than the capacity has a pack to itself."""
-        best = None
-        for index, (used, _) in enumerate(self._open):
-            if used + length <= self._capacity and (best is None or used > self._open[best][0]):
-                best = index
-        if best is None:
-            self._open.append((length, [sample]))
-            best = len(self._open) - 1
+        place = bisect.bisect_left(self._order, (self._capacity - length + 1, -1)) - 1
+        used, number = 0, self._next_number
+        if place >= 0:
+            used, number = self._order.pop(place)
         else:
-            used, samples = self._open[best]
-            self._open[best] = (used + length, [*samples, sample])
-        if self._open[best][0] >= self._capacity:
-            return self._open.pop(best)[1]
-        if len(self._open) > self._max_open:
-            return self._pop_fullest()
-        return None
+            self._next_number += 1
+            self._packs[number] = []
+        self._packs[number].append(sample)
+        if used + length >= self._capacity:
+            return self._packs.pop(number)
+        bisect.insort(self._order, (used + length, number))
+        return self.pop() if len(self._order) > self._max_open else None
 
     def pop(self) -> list[T] | None:
         """The fullest of the open packs; None when none is open."""
-        return self._pop_fullest() if self._open else None
-
-    def _pop_fullest(self) -> list[T]:
-        fullest = max(range(len(self._open)), key=lambda index: (self._open[index][0], -index))
-        return self._open.pop(fullest)[1]
+        return self._packs.pop(self._order.pop()[1]) if self._order else None
 
     @property
     def open_packs(self) -> list[tuple[int, list[T]]]:
-        """(tokens, samples) of each open pack."""
-        return [(used, list(samples)) for used, samples in self._open]
+        """(tokens, samples) of each open pack, the fullest last. Setting them goes on exactly where they were read."""
+        return [(used, list(self._packs[number])) for used, number in self._order]
 
     @open_packs.setter
     def open_packs(self, packs: Sequence[tuple[int, Sequence[T]]]) -> None:
-        self._open = [(used, list(samples)) for used, samples in packs]
+        self._order = [(used, number) for number, (used, _) in enumerate(packs)]
+        self._packs = {number: list(samples) for number, (_, samples) in enumerate(packs)}
+        self._next_number = len(packs)
 
 
 class Chunker(Generic[T]):
@@ -106,12 +105,12 @@ class Plan:
     Each sequence is one row of a micro-batch: a pack, a chunk, or a single item.
     """
 
-    def __init__(self, sequences: Iterator[list[tuple[int, int, int]]] | Sequence[list[tuple[int, int, int]]]) -> None:
-        slices: list[tuple[int, int, int]] = []
-        ends = [0]
+    def __init__(self, sequences: Iterable[Sequence[tuple[int, int, int]]]) -> None:
+        slices, ends = array("q"), array("q", [0])
         for sequence in sequences:
-            slices += sequence
-            ends.append(len(slices))
+            for part in sequence:
+                slices.extend(part)
+            ends.append(len(slices) // 3)
         self._slices = np.array(slices, np.int64).reshape(-1, 3)
         self._ends = np.array(ends, np.int64)
 
@@ -143,7 +142,7 @@ def plan_packs(items: Sequence[int] | np.ndarray, lengths: np.ndarray, capacity:
         while (last := packer.pop()) is not None:
             yield last
 
-    return Plan([[(item, 0, int(lengths[item])) for item in pack] for pack in packs()])
+    return Plan([(item, 0, int(lengths[item])) for item in pack] for pack in packs())
 
 
 def plan_chunks(items: Sequence[int] | np.ndarray, lengths: np.ndarray, capacity: int) -> Plan:
@@ -163,4 +162,4 @@ def plan_chunks(items: Sequence[int] | np.ndarray, lengths: np.ndarray, capacity
 
 def plan_singles(items: Sequence[int] | np.ndarray, lengths: np.ndarray) -> Plan:
     """Each item a sequence of its own."""
-    return Plan([[(int(item), 0, int(lengths[item]))] for item in items])
+    return Plan([(int(item), 0, int(lengths[item]))] for item in items)

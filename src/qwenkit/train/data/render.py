@@ -153,7 +153,7 @@ class Renderer:
         if start == end:
             raise ValueError("the chat template does not write the last answer")
         said = ids[start:end]
-        if self._tokenizer.decode(prompt[-4:], skip_special=False).endswith(_THINK):
+        if self._tokenizer.decode(prompt[-len(_THINK) :], skip_special=False).endswith(_THINK):
             said = self._thought(said, reasoning)
         return _Served([*prompt, *said], len(prompt))
 

@@ -14,8 +14,8 @@ import numpy as np
 from qwenkit.text.chat import ChatFormat
 from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.train.config import TrainConfig
-from qwenkit.train.data.cache import Store, fingerprint, open_store
-from qwenkit.train.data.packing import Plan, plan_chunks, plan_packs, plan_singles
+from qwenkit.train.data.cache import fingerprint, open_store
+from qwenkit.train.data.packing import plan_chunks, plan_packs, plan_singles
 from qwenkit.train.data.pipeline import Report
 from qwenkit.train.data.registry import DataSource, find_sources
 from qwenkit.train.data.render import Item

@@ -44,7 +44,7 @@ class DataStream:
             raise ValueError(f"rank is {rank}, allowed are 0 to {world_size - 1}")
         if split == "eval" and not config.has_eval:
             raise ValueError("there is no evaluation data: neither val_size nor eval_dataset is given")
-        if config.streaming and config.mix_strategy == "concat" and config.mix_weights:
+        if config.mix_strategy == "concat" and config.mix_weights:
             raise ValueError("mix_weights need mix_strategy interleave_under or interleave_over")
         self._rank, self._world_size = rank, world_size
         batch_size = config.per_device_train_batch_size

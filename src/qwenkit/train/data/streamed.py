@@ -7,6 +7,8 @@ in all of them and fits any number of processes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from qwenkit.text.chat import ChatFormat
 from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.train.batch import Pair, Sample
 from qwenkit.train.config import TrainConfig
+from qwenkit.train.data.cache import config_key, fingerprint
 from qwenkit.train.data.files import file_kind, read_records
 from qwenkit.train.data.packing import Chunker, Packer
 from qwenkit.train.data.pipeline import DataError, Pipeline, Prepared, Report
@@ -53,9 +56,11 @@ class _Cursor:
         self._report = report
         self.passes = 0
         """How often it was gone through to the end."""
-        self._reset()
+        self._begin(0, 0, 1, 0, 0)
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """A new epoch: from the beginning, which was not reached yet."""
+        self.passes = 0
         self._begin(0, 0, 1, 0, 0)
 
     def _begin(self, file: int, cursor: int, line: int, taken: int, part: int) -> None:
@@ -79,7 +84,7 @@ class _Cursor:
             self._part += 1
             return self._waiting.pop(0)
         self.passes += 1
-        self._reset()
+        self._begin(0, 0, 1, 0, 0)
         return None
 
     def _take(self, prepared: Prepared) -> None:
@@ -103,7 +108,7 @@ class _Cursor:
             self._prepared, self._part = None, 0
 
     def state(self) -> list[int]:
-        return [*self._at, self._part if self._prepared is not None else 0, self.passes]
+        return [*self._at, self._part, self.passes]
 
     def load(self, state: Sequence[int]) -> None:
         self.passes = state[5]
@@ -147,6 +152,7 @@ class StreamedData:
         if config.val_size and config.val_size < 1:
             raise ValueError(f"val_size is {config.val_size:g}, streaming allows a number of records")
         self.report = Report()
+        self._split = split
         weights = list(config.mix_weights) if config.mix_weights and not own_eval else [1.0] * len(sources)
         held_out = [0] * len(sources) if config.eval_dataset else _shares(int(config.val_size), weights)
         self._cursors = []
@@ -154,6 +160,10 @@ class StreamedData:
             pipeline = Pipeline(config, source, tokenizer, chat)
             first, last = (0, held_out[number]) if split == "eval" and not own_eval else (held_out[number], None)
             self._cursors.append(_Cursor(number, pipeline, first, last, self.report))
+        # Reading the files' bytes would defeat streaming: their names and sizes have to do.
+        files = [[source.settings, [[f.name, f.stat().st_size] for f in source.files]] for source in sources]
+        reading = [config_key(config), fingerprint(tokenizer, chat), files, split, weights, config.mix_strategy]
+        self._fingerprint = hashlib.sha256(json.dumps(reading, sort_keys=True).encode()).hexdigest()[:32]
         self._weights = weights
         self._strategy = "concat" if split == "eval" or len(sources) == 1 else config.mix_strategy
         self._buffer_size = config.buffer_size if config.shuffle and split == "train" else 1
@@ -172,16 +182,18 @@ class StreamedData:
 
     def take(self, count: int) -> list[list[Item]]:
         """The next sequences, `count` or, at the end of an epoch, fewer. With the last ones the next epoch has begun."""
-        taken = []
+        taken: list[list[tuple[Placed, int, int]]] = []
         while len(taken) < count and (sequence := self._pull()) is not None:
             taken.append(sequence)
-        following = self._pull() if taken else None
+        if not taken:
+            raise ValueError(f"the data sets hold nothing for {self._split}:\n{self.report}")
+        following = self._pull()
         if following is not None:
             self._ahead = [following]
         else:
             self.epoch, self._draws, self._ended = self.epoch + 1, 0, False
             for cursor in self._cursors:
-                cursor.passes = 0
+                cursor.restart()
         return [[_cut(placed.item, start, stop) for placed, start, stop in sequence] for sequence in taken]
 
     def _pull(self) -> list[tuple[Placed, int, int]] | None:
@@ -244,6 +256,7 @@ class StreamedData:
 
     def state(self) -> dict[str, Any]:
         return {
+            "data": self._fingerprint,
             "epoch": self.epoch,
             "draws": self._draws,
             "ended": self._ended,
@@ -255,8 +268,8 @@ class StreamedData:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        if len(state["sources"]) != len(self._cursors):
-            raise ValueError(f"the state is of {len(state['sources'])} data sets, here are {len(self._cursors)}")
+        if state["data"] != self._fingerprint:
+            raise ValueError("the data, or how it is read, has changed since the checkpoint was written")
         self.epoch, self._draws, self._ended = state["epoch"], state["draws"], state["ended"]
         for cursor, cursor_state in zip(self._cursors, state["sources"], strict=True):
             cursor.load(cursor_state)
