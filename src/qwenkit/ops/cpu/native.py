@@ -20,6 +20,7 @@ from qwenkit.ops.packed import PackedWeight
 # answers when they are rounded to 8. Decoding waits for memory and hardly notices; a prompt takes up to twice the products.
 FINE_GROUP = 32
 MAX_HEAD_DIM, MAX_GROUP = 256, 128  # cache.h: MAX_DIM; attention.h: heads that share a key head within MAX_PASS
+PART_KEYS, ACCUMULATOR, MOST_SHARED_PARTS = 256, 32, 4096  # attention.h: the first two
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8, INT4)
 
 
