@@ -103,7 +103,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow; install it, or give the text as .txt") from None
+        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install 'qwenkit[data]', or give .txt") from None
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except ArrowException as error:

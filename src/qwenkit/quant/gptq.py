@@ -23,8 +23,8 @@ _SMALLEST_SCALE = 2.0**-24  # fp16's
 class Quantized:
     """w = scale * (code - zero): codes (out, in) uint8, scales (out, groups) fp16, zeros (out, groups) uint8, group_of (in,).
 
-    `values` (out, in) fp32 is that. `error`: the squared error of the outputs as a share of the squared outputs, None where the
-    inputs are not known. `damp` is the share that had to be added to the Hessian's diagonal.
+    `values` (out, in) fp32 is that. `lost` and `energy` (out,): the mean squared error of each output and its mean square, None
+    where the inputs are not known. `damp` is the share that had to be added to the Hessian's diagonal.
     """
 
     codes: torch.Tensor
@@ -32,13 +32,32 @@ class Quantized:
     zeros: torch.Tensor
     group_of: torch.Tensor
     values: torch.Tensor
-    error: float | None = None
+    lost: torch.Tensor | None = None
+    energy: torch.Tensor | None = None
     damp: float = 0.0
+
+    @property
+    def error(self) -> float | None:
+        """The squared error of all outputs as a share of them."""
+        if self.lost is None or self.energy is None:
+            return None
+        return float(self.lost.sum()) / max(float(self.energy.sum()), 1e-30)
 
     def rows(self, start: int, stop: int) -> Quantized:
         """Some of the outputs."""
-        codes, scales, zeros, values = (part[start:stop] for part in (self.codes, self.scales, self.zeros, self.values))
-        return Quantized(codes, scales, zeros, self.group_of, values, self.error, self.damp)
+
+        def cut(part: torch.Tensor) -> torch.Tensor:
+            return part[start:stop]
+
+        return replace(
+            self,
+            codes=cut(self.codes),
+            scales=cut(self.scales),
+            zeros=cut(self.zeros),
+            values=cut(self.values),
+            lost=None if self.lost is None else cut(self.lost),
+            energy=None if self.energy is None else cut(self.energy),
+        )
 
 
 def round_to_nearest(weight: torch.Tensor, config: QuantConfig) -> Quantized:
@@ -84,10 +103,9 @@ def gptq(weight: torch.Tensor, moments: Moments, config: QuantConfig) -> Quantiz
     back = torch.empty_like(codes)
     back[order] = codes
     result = _finished(back.T.contiguous(), scales, zeros, group_of)
-    lost = result.values.to(original.dtype) - original
-    energy = float(((original @ hessian) * original).sum())
-    error = float(((lost @ hessian) * lost).sum()) / max(energy, 1e-30)
-    return replace(result, error=error, damp=damp)
+    change = result.values.to(original.dtype) - original
+    lost, energy = (((each @ hessian) * each).sum(1) / 2 for each in (change, original))  # H is twice the mean of x x^T
+    return replace(result, lost=lost, energy=energy, damp=damp)
 
 
 def find_grid(weight: torch.Tensor, config: QuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
