@@ -22,6 +22,7 @@ VERBS = {
     "pull": "Get a model and check every file, or check files that are already here.",
     "quantize": "Make a model smaller: 4 or 8 bits a weight, by GPTQ, as a folder that others read too.",
     "bench": "Measure a model's speed and memory here, and how near they are to what the machine could do.",
+    "train": "Train a model: pretrain, fine-tune, LoRA, QLoRA, preferences; on one device or many.",
     "plan": "Predict the memory of a training run, and the largest batch that fits, before it starts.",
     "export": "Merge adapters into a model and write it as a folder that loads by itself.",
     "eval": "Measure how good a model is: perplexity, and what quantizing it costs.",

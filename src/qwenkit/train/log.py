@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ class Progress(Silent):
             self.say(f"step {step}  {prompt!r} -> {answer!r}")
 
     def say(self, text: str) -> None:
-        tqdm.write(text)
+        tqdm.write(text, file=sys.stderr)
 
     def finish(self) -> None:
         if self.bar is not None:

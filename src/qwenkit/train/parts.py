@@ -25,7 +25,8 @@ class Stream(Protocol):
     """Micro-batches of this process; every process gets the same number. Iterating begins where the state says and ends with
     the epoch; iterating again is the next epoch."""
 
-    batches_per_epoch: int | None
+    @property
+    def batches_per_epoch(self) -> int | None: ...
 
     def __iter__(self) -> Iterator[TrainBatch]: ...
 

@@ -1,0 +1,235 @@
+"""A whole run: from a configuration to a folder. Everything between is other files' business; here is the order.
+
+In: a TrainConfig. Out: in output_dir the trained model or adapter, checkpoints, trainer_log.jsonl, results and plots, and an
+Outcome. What can be refused is refused before weights are loaded: settings, the folder, the data.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from qwenkit.hub.find import find_model
+from qwenkit.model.context import pack
+from qwenkit.model.qwen import Qwen
+from qwenkit.text.chat import ChatFormat
+from qwenkit.text.tokenizer import Tokenizer
+from qwenkit.train.checkpoint import checkpoints, latest_checkpoint, remove_leftovers, write_json
+from qwenkit.train.config import TrainConfig
+from qwenkit.train.data import DataStream, Report, check
+from qwenkit.train.log import (
+    LOG,
+    Callback,
+    Everyone,
+    JsonLines,
+    Meter,
+    ModelFlops,
+    Progress,
+    clock,
+    count_parameters,
+    peak_flops,
+)
+from qwenkit.train.loop import Trainer
+from qwenkit.train.methods import ADAPTERS, compute_dtype, prepare_model, save_trained, trainable_parameters
+from qwenkit.train.parallel import World, reshard, wrap
+from qwenkit.train.parts import NextTokens, Objective, Outcome, Parts
+from qwenkit.train.plots import FILES, plot_losses
+from qwenkit.train.preference import STAGES, make_reference, objective
+from qwenkit.train.recompute import recompute_blocks
+from qwenkit.train.reporters import reporters
+from qwenkit.weights.checkpoint import Checkpoint, open_checkpoint
+
+RESULTS = "all_results.json"
+
+
+def check_data(config: TrainConfig) -> Report:
+    """Read all data as training would, and report; nothing is trained."""
+    _check_complete(config)
+    checkpoint = open_checkpoint(find_model(config.model))
+    return check(config, checkpoint.tokenizer(), checkpoint.chat())
+
+
+def train(config: TrainConfig, *, bar: bool = False, callbacks: Sequence[Callback] = ()) -> Outcome:
+    """Train as `config` says; in each of several processes, where torchrun started them.
+
+    `bar` draws a progress line; `callbacks` hear of the run too. Raises ValueError or OSError, one sentence, for whatever the
+    user can put right.
+    """
+    _check_complete(config)
+    world = World.current(config)
+    try:
+        return _train(config, world, bar and world.is_first, callbacks)
+    finally:
+        world.close()
+
+
+def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Callback]) -> Outcome:
+    begun = time.monotonic()
+    progress = Progress(bar=bar)
+    say: Callable[[str], None] = progress.say if world.is_first else lambda text: None
+    folder = Path(config.output_dir)
+    resumed = _prepare_folder(config, folder, world, say)
+    if world.is_first:
+        find_model(config.model)  # one process downloads
+    world.barrier()
+    checkpoint = open_checkpoint(find_model(config.model))
+    tokenizer, chat = checkpoint.tokenizer(), checkpoint.chat()
+    data = {
+        split: DataStream(config, tokenizer, chat, rank=world.data_rank, world_size=world.data_world_size, split=split)
+        for split in (("train", "eval") if config.has_eval else ("train",))
+    }
+    say(str(data["train"].report))
+    model = prepare_model(config, checkpoint, world.device, progress=bar)
+    dtype = compute_dtype(config, world.device)
+    if dtype == torch.float16 and model.config.model_type.startswith("qwen"):
+        say(
+            "dtype is float16: activations of Qwen models exceed its largest number, 65504, and losses become nan; use bfloat16"
+        )
+    goal = _objective(config, checkpoint, model, world)
+    flops = ModelFlops.of(model)
+    if config.gradient_checkpointing:
+        recompute_blocks(model)
+    if config.torch_compile:
+        for block in model.model.layers:
+            block.compile()
+    model = wrap(model, config, world)
+    trained, every = count_parameters(model)
+    say(
+        f"{config.stage}, {config.method}: {trained:,} of {every:,} parameters are trained, "
+        f"{str(dtype).removeprefix('torch.')} on {world.device.type}, {world.layout}"
+    )
+    parts = Parts(
+        model=model,
+        parameters=trainable_parameters(model),
+        objective=goal,
+        train=data["train"],
+        evaluation=data.get("eval"),
+        world=world,
+        meter=Meter(flops, peak_flops(world.device, dtype), world.device, world.data_world_size),
+    )
+    if config.sample_prompts:
+        parts.answers = lambda: answers(model, tokenizer, chat, checkpoint.eos_token_ids, config)
+    if config.method in ADAPTERS:
+        parts.beside = lambda there: save_trained(model, config, checkpoint, there, writes=world.is_first)
+    listeners = [JsonLines(folder), progress, *reporters(config), *callbacks] if world.is_first else []
+    torch.manual_seed(
+        config.seed + world.data_rank
+    )  # dropout: another one on each rank, the same within a tensor group
+    trainer = Trainer(config, parts, Everyone(listeners))
+    if resumed is not None:
+        trainer.load(resumed)
+        say(f"goes on from {resumed}, step {trainer.progress.step} of {trainer.total_steps}")
+    outcome = trainer.run()
+    if outcome.reason == "interrupted":
+        say(
+            f"stopped at step {outcome.step} of {trainer.total_steps}; resume_from_checkpoint=latest goes on from there"
+        )
+        return outcome
+    if config.load_best_model_at_end and outcome.best_step is not None:
+        trainer.load_weights(folder / f"checkpoint-{outcome.best_step}")
+    save_trained(model, config, checkpoint, folder, writes=world.is_first)
+    if trainer.average is not None:
+        with trainer.averaged():
+            save_trained(model, config, checkpoint, folder / "ema", writes=world.is_first)
+    if world.is_first:
+        _results(config, folder, outcome, trainer, time.monotonic() - begun)
+        say(f"{'stopped early' if outcome.reason == 'early' else 'done'}: {folder}, {clock(time.monotonic() - begun)}")
+    return outcome
+
+
+def _check_complete(config: TrainConfig) -> None:
+    if not config.model:
+        raise ValueError("model is missing: a folder, a .gguf file, a hub id, or smollm2")
+    if not config.dataset:
+        raise ValueError("dataset is missing: names of dataset_info.json in dataset_dir, or files")
+    if config.early_stopping_patience is not None and not config.has_eval:
+        raise ValueError("early_stopping_patience needs evaluation data: val_size or eval_dataset")
+    if config.load_best_model_at_end and not config.has_eval:
+        raise ValueError("load_best_model_at_end needs evaluation data: val_size or eval_dataset")
+
+
+def _prepare_folder(config: TrainConfig, folder: Path, world: World, say: Callable[[str], None]) -> Path | None:
+    """Make output_dir ready and say from which checkpoint to go on, if from one.
+
+    ValueError where an earlier run lies there and nothing says what shall become of it.
+    """
+    wanted, found = config.resume_from_checkpoint, ""
+    if world.is_first:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output_dir is {config.output_dir!r}, which is a file; allowed is a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        earlier = checkpoints(folder)
+        if wanted == "latest":
+            path = latest_checkpoint(folder, say)
+            found = "" if path is None else str(path)
+            if path is None:
+                say(f"{folder} has no checkpoint that is whole; the run begins at step 0")
+        elif wanted is not None:
+            found = wanted
+        elif earlier and not config.overwrite_output_dir:
+            raise ValueError(
+                f"output_dir {folder} holds {earlier[max(earlier)].name} of an earlier run; "
+                "resume_from_checkpoint=latest goes on from it, overwrite_output_dir=true deletes it"
+            )
+        if not found:
+            for path in earlier.values():
+                shutil.rmtree(path)
+            for name in (LOG, RESULTS, *FILES.values()):
+                (folder / name).unlink(missing_ok=True)
+    found = world.broadcast(found)
+    return Path(found) if found else None
+
+
+def _objective(config: TrainConfig, checkpoint: Checkpoint, model: Qwen, world: World) -> Objective:
+    if config.stage not in STAGES:
+        return NextTokens(config.loss_chunk)
+    other = open_checkpoint(find_model(config.ref_model)) if config.ref_model is not None else None
+    return objective(config, make_reference(config, checkpoint, world.device, model, ref_checkpoint=other))
+
+
+@torch.no_grad()
+def answers(
+    model: Qwen, tokenizer: Tokenizer, chat: ChatFormat | None, eos: Sequence[int], config: TrainConfig
+) -> list[tuple[str, str]]:
+    """What the model answers to `sample_prompts` now: the likeliest token each time, all prompts side by side, no cache."""
+    prompts = [
+        list(chat.render([{"role": "user", "content": prompt}]).ids) if chat is not None else tokenizer.encode(prompt)
+        for prompt in config.sample_prompts
+    ]
+    texts = [list(prompt) for prompt in prompts]
+    going = list(range(len(texts)))
+    device = model.lm_head.weight.device
+    model.eval()
+    for _ in range(config.sample_max_new_tokens):
+        ids, positions, context = pack([texts[i] for i in going], model.config, device)
+        ends = torch.tensor(context.lengths, device=device).cumsum(0) - 1
+        tokens = model.logits(model(ids, positions, context)[ends]).argmax(-1).tolist()
+        for i, token in zip(going, tokens, strict=True):
+            texts[i].append(token)
+        going = [i for i in going if texts[i][-1] not in eos]
+        if not going:
+            break
+    model.train()
+    reshard(model)
+    new = [[t for t in text[len(prompt) :] if t not in eos] for text, prompt in zip(texts, prompts, strict=True)]
+    return [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(config.sample_prompts, new, strict=True)]
+
+
+def _results(config: TrainConfig, folder: Path, outcome: Outcome, trainer: Trainer, seconds: float) -> None:
+    results = {
+        "train_loss": outcome.loss,
+        "eval_loss": outcome.eval_loss,
+        "best_eval_loss": trainer.progress.best,
+        "best_step": outcome.best_step,
+        "steps": outcome.step,
+        "stopped_early": outcome.reason == "early",
+        "seconds": round(seconds, 2),
+    }
+    write_json(folder / RESULTS, {name: value for name, value in results.items() if value is not None})
+    if config.plot_loss:
+        plot_losses(folder)
