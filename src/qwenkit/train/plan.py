@@ -201,7 +201,8 @@ def _measure(model_config: ModelConfig, config: TrainConfig, lengths: list[int],
         states += sum(4 * parameter.numel() for parameter in parameters.values())
     live, stand = _LiveBytes(), _Stand(model_config)
     for block in model.model.layers:  # modes of the forward pass do not hold while it is computed again
-        for part in (block.self_attn, block.mlp):
+        for name in ("self_attn", "mlp"):
+            part = block.get_submodule(name)
             part.__dict__["forward"] = stand.around(part.forward)
     with stand, live:
         for _ in range(micro_batches):

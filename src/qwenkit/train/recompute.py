@@ -1,4 +1,4 @@
-"""Activation checkpointing: of a block only its input is kept, the rest is computed again in the backward pass (arXiv 1604.06174).
+"""Activation checkpointing: of a block only its input is kept, the rest is computed again backwards (arXiv 1604.06174).
 
 In: a finished model, before it is laid over processes. Out: the same model; names of modules and parameters stay.
 """
