@@ -31,9 +31,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     build = cache_module._build
 
-    def counted(pipeline: Pipeline, folder: Path, key: str) -> None:
+    def counted(pipeline: Pipeline, folder: Path, key: str, workers: int) -> None:
         made.append(key)
-        build(pipeline, folder, key)
+        build(pipeline, folder, key, workers)
 
     monkeypatch.setattr(cache_module, "_build", counted)
     return made
@@ -68,6 +68,29 @@ def test_any_change_makes_another_store(
     open_it(replace(config, overwrite_cache=True))
     assert len(built) == 9
     assert len(set(built)) == 8
+
+
+@pytest.mark.parametrize("workers", [2, 3, 16])
+def test_any_number_of_processes_gives_the_same_store(
+    write: Write, config_of: ConfigOf, tokenizer: Tokenizer, chat: JinjaChat, workers: int
+) -> None:
+    many = [{"instruction": f"q{i}", "output": "" if i % 50 == 3 else "a" * (i % 30 + 1)} for i in range(300)]
+    write("a.jsonl", many)
+    config = config_of("a.jsonl", bad_samples="drop")
+    (source,) = find_sources(config.dataset, Path(config.dataset_dir))
+    alone = open_store(config, source, tokenizer, chat)
+    content = {path.name: path.read_bytes() for path in alone.folder.glob("*.bin")}
+    again = replace(config, overwrite_cache=True, preprocessing_num_workers=workers)
+    shared_out = open_store(again, source, tokenizer, chat)
+    assert {path.name: path.read_bytes() for path in shared_out.folder.glob("*.bin")} == content
+    assert shared_out.report == alone.report
+    assert (len(alone), alone.report.counts[("a.jsonl", "empty answer", "drop")]) == (294, 6)
+    with pytest.raises(DataError, match="6 records"):
+        open_store(replace(again, bad_samples="error"), source, tokenizer, chat)
+    (source.files[0].parent / "x.csv").write_bytes(b"\xff\xfe,a\n1,2\n")
+    (broken,) = find_sources(["x.csv"], Path(config.dataset_dir))
+    with pytest.raises(ValueError, match="no header that can be read"):
+        open_store(again, broken, tokenizer, chat)
 
 
 def test_nothing_half_written_stays(

@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 import time
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from qwenkit.text.chat import ChatFormat
 from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.train.batch import IGNORE, Pair, Sample
 from qwenkit.train.config import TrainConfig
-from qwenkit.train.data.pipeline import DataError, Pipeline, Prepared, Report
+from qwenkit.train.data.pipeline import DataError, Pipeline, Report
 from qwenkit.train.data.registry import DataSource
-from qwenkit.train.data.render import Item, samples_of
+from qwenkit.train.data.render import Item
+from qwenkit.train.data.workers import TYPES, Columns, blocks
 
 VERSION = 1  # of the files' layout and of the rules by which records are read and rendered
 # Settings that decide what a record becomes; those of shuffling, packing and the run do not.
@@ -35,7 +35,6 @@ _SETTINGS = (
     *("overlong", "bad_samples"),
 )
 _PROBE = "Ünïcode 你好，世界 123 4567 don't\n\n  \t👩‍👩‍👧 e\u0301 def f(x):\n    return x ** 2 <think> <tool_call> <|im_end|> "
-_TYPES = dict(ids="i", learned="B", starts="q", files="i", lines="q", units="q", liked="B", records="q")  # noqa: C408
 
 
 def default_cache_dir() -> Path:
@@ -99,7 +98,7 @@ class Store:
         self.report = Report.from_json(manifest["report"])
         self._files: list[str] = manifest["files"]
         self._arrays = {}
-        for name, code in _TYPES.items():
+        for name, code in TYPES.items():
             path, dtype = folder / f"{name}.bin", np.dtype(code)
             if path.stat().st_size != manifest["sizes"][name] * dtype.itemsize:
                 raise ValueError(f"{path} has another size than its manifest says; delete the folder to tokenize anew")
@@ -131,43 +130,6 @@ class Store:
         return Sample(ids.tolist(), np.where(learned, ids, IGNORE).tolist(), origin)
 
 
-class _Writer:
-    """Appends items to arrays and those, a few megabytes at a time, to files."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._arrays = {name: array(code) for name, code in _TYPES.items()}
-        self.sizes = dict.fromkeys(_TYPES, 0)
-        self._tokens = self._documents = self._records = 0
-        self._arrays["starts"].append(0)
-        self._arrays["units"].append(0)
-
-    def add(self, prepared: Prepared) -> None:
-        arrays = self._arrays
-        for item in prepared.items:
-            for sample in samples_of(item):
-                arrays["ids"].extend(sample.ids)
-                arrays["learned"].extend([label != IGNORE for label in sample.labels])
-                self._tokens += len(sample.ids)
-                self._documents += 1
-                arrays["starts"].append(self._tokens)
-                arrays["files"].append(prepared.file)
-                arrays["lines"].append(prepared.record.line)
-            arrays["units"].append(self._documents)
-            arrays["liked"].append(2 if isinstance(item, Sample) else int(item.liked))
-            arrays["records"].append(self._records)
-        self._records += bool(prepared.items)
-        if len(arrays["ids"]) > 1 << 20:
-            self.flush()
-
-    def flush(self) -> None:
-        for name, values in self._arrays.items():
-            with (self._folder / f"{name}.bin").open("ab") as file:
-                values.tofile(file)
-            self.sizes[name] += len(values)
-            self._arrays[name] = array(_TYPES[name])
-
-
 def open_store(
     config: TrainConfig, source: DataSource, tokenizer: Tokenizer, chat: ChatFormat | None, ids_hash: str | None = None
 ) -> Store:
@@ -185,27 +147,31 @@ def open_store(
     with _locked(cache / f"{key}.lock"):
         if _is_ready(folder) and (not config.overwrite_cache or _made_while_waiting(folder, asked_at)):
             return Store(folder)
-        _build(pipeline, folder, key)
+        _build(pipeline, folder, key, config.preprocessing_num_workers)
     return Store(folder)
 
 
-def _build(pipeline: Pipeline, folder: Path, key: str) -> None:
+def _build(pipeline: Pipeline, folder: Path, key: str, workers: int) -> None:
     part = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
     try:
-        writer, report = _Writer(part), Report()
-        for prepared in pipeline.records():
-            report.add(pipeline.source.name, prepared)
-            if not report.num_errors:
-                writer.add(prepared)
+        report, sizes = Report(), dict.fromkeys(TYPES, 0)
+        columns = Columns()
+        for block in blocks(pipeline, workers):
+            report.merge(block.report)
+            if report.num_errors:
+                continue  # the report shall be whole, the data will not be used
+            columns.extend(block)
+            if columns.num_waiting > 1 << 20:
+                columns.flush(part, sizes)
         if report.num_errors:
             raise DataError(report)
-        writer.flush()
+        columns.flush(part, sizes)
         files = [path.name for path in pipeline.source.files]
         manifest = {
             "key": key,
             "version": VERSION,
             "files": files,
-            "sizes": writer.sizes,
+            "sizes": sizes,
             "report": report.to_json(),
             "made_at": time.time(),
         }

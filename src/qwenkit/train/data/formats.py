@@ -24,6 +24,7 @@ from qwenkit.train.data.fields import (
     text_or_none,
     without_nulls,
 )
+from qwenkit.train.data.preprocess import clean_wikitext
 from qwenkit.train.data.registry import DataSource
 
 PAIR_STAGES = ("dpo", "orpo", "rm")
@@ -131,8 +132,6 @@ class RecordReader:
         if not isinstance(text, str):
             raise BadRecordError("missing field", f"{column} is {shown(text)}, stage pt needs a text there")
         if formatting == "wiki":
-            from qwenkit.train.data.preprocess import clean_wikitext
-
             text = clean_wikitext(text)
         if not text.strip():
             raise BadRecordError("empty text", f"{column} is empty")

@@ -87,9 +87,18 @@ class Report:
                 self.issues.append(issue)
 
     def merge(self, other: Report) -> None:
-        self.datasets |= other.datasets
+        """Add what another report says, which was made after this one."""
+        for name, sizes in other.datasets.items():
+            mine = self.datasets.setdefault(name, dict.fromkeys(sizes, 0))
+            for size, value in sizes.items():
+                mine[size] = max(mine[size], value) if size == "longest" else mine[size] + value
+        shown = Counter((issue.dataset, issue.kind, issue.action) for issue in self.issues)
+        for issue in other.issues:
+            key = (issue.dataset, issue.kind, issue.action)
+            shown[key] += 1
+            if shown[key] <= EXAMPLES:
+                self.issues.append(issue)
         self.counts += other.counts
-        self.issues += other.issues
 
     @property
     def num_errors(self) -> int:
@@ -141,16 +150,19 @@ class Pipeline:
     def records(self, file: int = 0, cursor: int = 0, line: int = 1, taken: int = 0) -> Iterator[Prepared]:
         """All records from the given place on: a file's number, `end` and `end_line` of the record before, and how many that
         were (max_samples counts from the beginning)."""
-        limit = self._config.max_samples
-        return islice(self._records(file, cursor, line), None if limit is None else max(0, limit - taken))
+        return (self.prepare(record, number) for number, record in self.read(file, cursor, line, taken))
 
-    def _records(self, file: int, cursor: int, line: int) -> Iterator[Prepared]:
+    def read(self, file: int = 0, cursor: int = 0, line: int = 1, taken: int = 0) -> Iterator[tuple[int, Record]]:
+        """The records that `records` prepares, each with the number of its file."""
+        limit = self._config.max_samples
+        return islice(self._read(file, cursor, line), None if limit is None else max(0, limit - taken))
+
+    def _read(self, file: int, cursor: int, line: int) -> Iterator[tuple[int, Record]]:
         for number in range(file, len(self.source.files)):
             path = self.source.files[number]
             for record in read_records(path, cursor, line, blocks=self.source.formatting == "wiki"):
-                if self._is_heading(record):
-                    continue
-                yield self.prepare(record, number)
+                if not self._is_heading(record):
+                    yield number, record
             cursor, line = 0, 1
 
     def one(self, file: int, cursor: int, line: int) -> Prepared:
