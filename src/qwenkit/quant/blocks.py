@@ -114,9 +114,12 @@ class BlockRun:
                 handle.remove()
 
     def finish(self) -> None:
-        """Move the stream's hidden states to behind the block."""
+        """Move the stream's hidden states to behind the block, and leave the block as it came."""
         for number, chunk in enumerate(self._stream.chunks):
             self._stream.hidden[chunk.start : chunk.stop] = self._run(number)
+        for name, kept in (("self_attn", self._attention), ("mlp", self._mlp)):
+            if kept is not None:
+                setattr(self._block, name, kept.inner)
 
     def _run(self, number: int) -> torch.Tensor:
         self.chunk = number
