@@ -132,8 +132,8 @@ def test_losses_of_pairs(folder: Path, kind: str) -> None:
     batch = TrainBatch.of_pairs(pairs(4))
     loss, metrics = objective(config)(model, batch)
     assert float(loss.detach()) == pytest.approx(wanted, rel=2e-5)
-    assert metrics["loss"] == pytest.approx(wanted, rel=2e-5)
-    assert metrics["pairs"] == objective(config).weight(batch) == 4
+    assert objective(config).weight(batch) == 4
+    assert metrics.keys() == {"reward_chosen", "reward_rejected", "accuracy"}
     loss.backward()
     assert all(parameter.grad is not None for parameter in trainable_parameters(model).values())
 

@@ -71,7 +71,8 @@ class NF4Linear(nn.Module):
     def _take_rows(self, start: int, weight: torch.Tensor) -> None:
         stop = start + weight.shape[0]
         wide = weight.to(self.codes.device, torch.float32)
-        blocks = F.pad(wide, (0, self.blocks * BLOCK - self.in_features)).unflatten(1, (-1, BLOCK))
+        short = self.blocks * BLOCK - self.in_features
+        blocks = (F.pad(wide, (0, short)) if short else wide).unflatten(1, (-1, BLOCK))
         maxima = blocks.abs().amax(-1)  # (rows, blocks)
         if self.groups is None:
             self.maxima[start:stop] = maxima
@@ -113,7 +114,7 @@ def _quantize_maxima(maxima: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     error counts, and it is smaller so.
     """
     short = -maxima.shape[0] % GROUP
-    grouped = F.pad(maxima[None], (0, short), mode="replicate")[0].view(-1, GROUP)
+    grouped = (F.pad(maxima[None], (0, short), mode="replicate")[0] if short else maxima).view(-1, GROUP)
     mean = grouped.mean(1)
     step = (grouped - mean[:, None]).abs().amax(1) / 127
     codes = ((grouped - mean[:, None]) / torch.where(step > 0, step, 1.0)[:, None]).round().to(torch.int8)

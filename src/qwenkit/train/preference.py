@@ -66,7 +66,7 @@ class Objective:
         per_token = sums / counts
         if config.stage == "orpo":
             losses, rewards = orpo_losses(per_token[chosen], per_token[rejected], config.pref_beta)
-            return losses.sum(), _metrics(losses, *rewards)
+            return losses.sum(), _metrics(*rewards)
         if config.pref_loss == "simpo":
             losses, rewards = simpo_losses(per_token[chosen], per_token[rejected], config.pref_beta, config.simpo_gamma)
         else:
@@ -80,7 +80,7 @@ class Objective:
             )
         if config.pref_ftx:
             losses = losses - config.pref_ftx * per_token[chosen]
-        return losses.sum(), _metrics(losses, *rewards)
+        return losses.sum(), _metrics(*rewards)
 
     def _kto(self, model: Qwen, batch: TrainBatch, pairs: list[PairIndex]) -> tuple[torch.Tensor, Metrics]:
         config, shifted = self.config, mismatched(batch, pairs)
@@ -101,8 +101,6 @@ class Objective:
         )
         rewards = (config.pref_beta * ratio).detach()
         return losses.sum(), {
-            "pairs": float(len(pairs)),
-            "loss": float(losses.detach().sum()),
             "liked": float(liked.sum()),
             "reward_liked": float(rewards[liked].sum()),
             "reward_disliked": float(rewards[~liked].sum()),
@@ -253,7 +251,7 @@ def _reward_loss(model: Qwen, batch: TrainBatch, pairs: list[PairIndex]) -> tupl
     values = scores(model, batch)
     chosen, rejected = _sides(pairs, batch)
     losses = -F.logsigmoid(values[chosen] - values[rejected])
-    return losses.sum(), _metrics(losses, values[chosen].detach(), values[rejected].detach())
+    return losses.sum(), _metrics(values[chosen].detach(), values[rejected].detach())
 
 
 def _pairs(batch: TrainBatch) -> list[PairIndex]:
@@ -270,10 +268,8 @@ def _sides(pairs: list[PairIndex], batch: TrainBatch) -> tuple[list[int], list[i
     return [pair.chosen for pair in pairs], rejected
 
 
-def _metrics(losses: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> Metrics:
+def _metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> Metrics:
     return {
-        "pairs": float(losses.shape[0]),
-        "loss": float(losses.detach().sum()),
         "reward_chosen": float(chosen.sum()),
         "reward_rejected": float(rejected.sum()),
         "accuracy": float((chosen > rejected).sum()),
