@@ -55,39 +55,53 @@ def serve(folder: Path, tmp_path: Path) -> Iterator[Serve]:
 
 
 def test_sigterm_lets_running_requests_finish(serve: Serve, folder: Path) -> None:
-    process, url = serve("--log-format", "json", "--drain-timeout", "60")
+    process, url = serve("--log-format", "json", "--drain-timeout", "300")
     assert folder.name in httpx.get(url + "/v1/models").json()["data"][0]["id"]
     body: dict[str, Any] = {
         "model": folder.name,
         "prompt": "Hi",
-        "max_tokens": 300,
+        "max_tokens": 1000,
         "ignore_eos": True,
         "stream": True,
     }
     lines: list[str] = []
 
     def listen() -> None:
-        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=300) as answer:
             lines.extend(line for line in answer.iter_lines() if line)
 
     thread = threading.Thread(target=listen)
     thread.start()
-    while httpx.get(url + "/ready").json()["running"] == 0:
+    while httpx.get(url + "/ready", timeout=60).json()["running"] == 0:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 10
-    while (ready := httpx.get(url + "/ready")).status_code == 200 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while (ready := httpx.get(url + "/ready", timeout=60)).status_code == 200 and time.monotonic() < deadline:
         time.sleep(0.005)
     assert ready.json()["status"] == "draining"
-    assert httpx.get(url + "/health").status_code == 200
-    refused = httpx.post(url + "/v1/completions", json=body)
+    assert httpx.get(url + "/health", timeout=60).status_code == 200
+    refused = httpx.post(url + "/v1/completions", json=body, timeout=60)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
-    thread.join(60)
+    thread.join(300)
     assert lines[-1] == "data: [DONE]", "the answer that ran is whole"
     assert any('"finish_reason":"length"' in line for line in lines)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert process.stderr is not None
-    assert '"event": "answer"' in process.stderr.read()
+    said = process.stderr.read()
+    assert '"event": "answer"' in said
+    assert "stopping: 1 requests get 300 seconds to finish" in said
+
+
+def test_a_drain_that_takes_too_long_ends_with_an_error(serve: Serve, folder: Path) -> None:
+    process, url = serve("--drain-timeout", "0")
+    body = {"model": folder.name, "prompt": "Hi", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert '"code":"shutting_down"' in rest[-1], "it is told, not just cut off"
+    assert process.wait(20) == 0
 
 
 def test_a_second_signal_ends_at_once(serve: Serve, folder: Path) -> None:

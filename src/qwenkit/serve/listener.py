@@ -8,6 +8,7 @@ ends it at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from qwenkit.serve.config import ServeConfig
 from qwenkit.serve.driver import Driver
+
+log = logging.getLogger("qwenkit.serve")
 
 MAX_HEAD = 64 * 1024  # bytes of a request line and its headers
 READER_PATIENCE = 60.0  # seconds that a client may take nothing of what is written to it
@@ -140,7 +143,17 @@ class Listener(uvicorn.Server):
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        await self._driver.drain(self._drain_timeout)
+        unfinished = self._driver.num_running + self._driver.num_waiting
+        if unfinished:
+            log.info(
+                "stopping: %d requests get %g seconds to finish; a second signal ends them at once",
+                unfinished,
+                self._drain_timeout,
+            )
+        if not await self._driver.drain(self._drain_timeout):
+            log.warning(
+                "stopping: the %g seconds are over, what was left is answered with an error", self._drain_timeout
+            )
         self.should_exit = True
 
 
