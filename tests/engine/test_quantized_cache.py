@@ -1,6 +1,7 @@
 """Quantized key/value caches under the engine: the same tokens however a prompt is cut, and key biases that do no harm."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +15,26 @@ from qwenkit.engine.engine import Engine
 from qwenkit.engine.memory import choose_cache_dtype, plan_cache
 from qwenkit.engine.runner import Runner, kv_bytes_per_token
 from qwenkit.engine.sampling import SamplingParams
+from qwenkit.model.attention import Attention
+from qwenkit.model.config import ModelConfig
 from qwenkit.model.context import pack
 from qwenkit.model.qwen import Qwen
 from qwenkit.ops.cache import KVCache
 from qwenkit.text.tokenizer import Tokenizer
+from qwenkit.weights.checkpoint import open_checkpoint
+from qwenkit.weights.load import load_model
+from qwenkit.weights.pack import packing
 from tests.engine.conftest import GREEDY, run, tokens_of
 from tests.engine.test_engine import tiny_qwen1
-from tests.tiny_models import EOS, IM_END, tiny_pair
+from tests.tiny_models import EOS, IM_END, tiny_pair, write_model
 
-SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1}
+SIZES = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.1,
+}
 
 
 @functools.cache
@@ -143,6 +155,30 @@ def test_key_biases_stay_out_of_the_cache(instruction_set: str, native: bool) ->
             (logits_through(model, ids, dtype, split=split) - exact).abs().mean() for split in (False, True)
         )
         assert with_bias > 5 * without, (dtype, with_bias, without)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int4])
+def test_recorded_steps_know_the_bias(
+    tokenizer: Tokenizer, instruction_set: str, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Packed weights, whose decode steps are replayed: the tokens of the model's own code."""
+    checkpoint = open_checkpoint(write_model(tmp_path, **SIZES, intermediate_size=96))
+    swap = packing(ModelConfig.from_dict(checkpoint.config), "bf16")
+    model = load_model(checkpoint, dtype=torch.float32, swaps=[swap]).eval()
+    for module in model.modules():
+        if isinstance(module, Attention):
+            assert isinstance(module.k_proj.bias, torch.Tensor)
+            module.k_proj.bias[7::8] += 60.0
+    found = []
+    for graphs in (False, True):
+        engine = engine_with(model, tokenizer, dtype, 64, graphs=graphs)
+        assert all(cache.key_bias is not None for cache in engine.runner.caches)
+        ids = [engine.add(list(range(start, start + 20)), SamplingParams(max_tokens=12)) for start in (0, 50, 90)]
+        deltas = run(engine)
+        found.append([tokens_of(deltas[request_id, 0]) for request_id in ids])
+        steps = engine.runner.graphs
+        assert (steps is not None and bool(steps._steps)) == graphs
+    assert found[0] == found[1]
 
 
 def test_caches_of_floats_are_as_they_were() -> None:

@@ -6,10 +6,10 @@ operation (packed linears: two, since activations are quantized first).
 
 from __future__ import annotations
 
+import ctypes
 import os
 from typing import TypeAlias
 
-import numpy as np
 import torch
 
 from qwenkit.ops.cache import INT4, KVCache
@@ -174,5 +174,7 @@ class NativeOps:
 
 
 def _int64(values: list[int]) -> torch.Tensor:
-    """For a kernel. By numpy: whoever watches a recording would take torch.tensor for arithmetic of the model."""
-    return torch.from_numpy(np.array(values, dtype=np.int64))
+    """For a kernel. Written past torch: whoever watches a recording would take torch.tensor for arithmetic of the model."""
+    memory = torch.empty(len(values), dtype=torch.int64)
+    (ctypes.c_int64 * len(values)).from_address(memory.data_ptr())[:] = values
+    return memory
