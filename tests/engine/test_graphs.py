@@ -1,5 +1,7 @@
 """The native library under the engine: recorded decode steps give the tokens that the model's code gives."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,17 @@ def test_llm_packs_by_itself(instruction_set: str, tmp_path: Path, monkeypatch: 
     assert texts["auto"] == texts["bf16"]
     with pytest.raises(ValueError, match=r"weights is 'int4', which needs device cpu and dtype auto or float32"):
         LLM(folder, weights="int4", dtype="bfloat16")
+
+
+def test_recording_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """Torch's compiler takes seconds to import and tens of megabytes; nothing here compiles."""
+    write_model(tmp_path, "qwen3", **SIZES)
+    code = (
+        "import sys; from qwenkit import LLM, SamplingParams; "
+        f"llm = LLM({str(tmp_path)!r}, device='cpu', weights='int8', kv_memory='4MiB'); "
+        "llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True, temperature=0)); "
+        "assert llm.engine.runner.graphs is None or llm.engine.runner.graphs._steps; "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
