@@ -370,3 +370,30 @@ def test_a_bias_that_is_not_zero_is_not_dropped(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"1 surplus: model\.layers\.1\.mlp\.up_proj\.bias"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gptq_model-4bit-32g.safetensors", {}),
+        ("qwen-int4.safetensors", {"model_file_base_name": "qwen-int4"}),
+        ("model.safetensors", {"model_file_base_name": "qwen-int4"}),
+    ],
+)
+def test_files_under_other_names(name: str, said: dict[str, str], tmp_path: Path) -> None:
+    """AutoGPTQ's own, and what its configuration says."""
+    held = quantized_folder(tmp_path, "gptq")
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config") | said))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_model(tmp_path)
+    for module, codes in held.items():
+        assert torch.equal(model.get_submodule(module).weight.double(), codes.values)  # type: ignore[union-attr,operator]
+
+
+@pytest.mark.parametrize("name", ["../model", "", "a/b", 7])
+def test_file_names_that_lead_elsewhere(name: object, tmp_path: Path) -> None:
+    config = {"quantization_config": GPTQ | {"model_file_base_name": name}}
+    with pytest.raises(ValueError, match=r"model_file_base_name is .*, which is no plain file name"):
+        Quantization.of(tmp_path, config)

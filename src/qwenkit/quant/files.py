@@ -133,7 +133,7 @@ def write_companions(folder: Path, checkpoint: Checkpoint, quantization: Mapping
     write_json(folder / "config.json", config | {"quantization_config": dict(quantization)})
     write_json(folder / "quantize_config.json", quantization)
     generation = dict(checkpoint.generation_config)
-    if checkpoint.eos_token_ids and config["model_type"] != "qwen":
+    if config["model_type"] != "qwen" and checkpoint.eos_token_ids:
         generation.setdefault("eos_token_id", list(checkpoint.eos_token_ids))
     if generation:
         write_json(folder / "generation_config.json", generation)

@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -183,7 +184,7 @@ class _Run:
                 write_json(path.with_suffix(".json"), {"layers": [asdict(each) for each in errors]})
             found += errors
             if progress and not done:
-                bar.write(_line(number, errors))
+                bar.write(_line(number, errors), file=sys.stderr)  # stdout is for the result
         few = [each for each in found if each.method == "rtn"] if self._config.method == "gptq" else []
         if few:
             logger.warning(

@@ -103,8 +103,9 @@ class FolderCheckpoint:
         Raises ValueError for a quantization that cannot be read.
         """
         quantization = Quantization.of(self.path, self.config)
-        if has_safetensors(self.path):
-            stored = read_safetensors(self.path)
+        base = "model" if quantization is None else quantization.base
+        if has_safetensors(self.path, base):
+            stored = read_safetensors(self.path, base)
         elif has_torch_files(self.path):
             stored = read_torch_files(self.path)
         else:

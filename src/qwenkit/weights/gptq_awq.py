@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwenkit.weights.safetensors_files import has_safetensors
 from qwenkit.weights.stored import Bytes, StoredTensor, read_json
 
 logger = logging.getLogger(__name__)
@@ -33,13 +34,15 @@ _AWQ_NIBBLE = [0, 4, 1, 5, 2, 6, 3, 7]
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a checkpoint says of its quantization. `group_size` -1: all inputs; `missing`: what its zero points are short of."""
+    """What a checkpoint says of its quantization. `group_size` -1: all inputs; `missing`: what its zero points are short of;
+    `base`: the name of its files before .safetensors."""
 
     method: str
     bits: int
     group_size: int
     missing: int = 0
     mixed: bool = False  # single matrices may have other bits and groups than these
+    base: str = "model"
 
     @classmethod
     def of(cls, folder: Path, config: Mapping[str, Any]) -> Quantization | None:
@@ -73,12 +76,22 @@ class Quantization:
             version = given.get("version", "gemm")
             if not isinstance(version, str) or version.lower() != "gemm":
                 raise ValueError(f"{where}.version is {version!r}, allowed is 'gemm'")
-            return cls(method, bits, group_size)
+            return cls(method, bits, group_size, base=_base(folder, where, given, bits, group_size))
         stored_as = "marlin" if given.get("is_marlin_format") else given.get("checkpoint_format", given.get("format"))
         stored_as = "gptq" if stored_as is None else stored_as
         if not isinstance(stored_as, str) or stored_as not in _FORMATS:
             raise ValueError(f"{where}.checkpoint_format is {stored_as!r}, allowed are {', '.join(_FORMATS)}")
-        return cls(method, bits, group_size, _FORMATS[stored_as], mixed=bool(given.get("dynamic")))
+        base = _base(folder, where, given, bits, group_size)
+        return cls(method, bits, group_size, _FORMATS[stored_as], mixed=bool(given.get("dynamic")), base=base)
+
+
+def _base(folder: Path, where: str, given: Mapping[str, Any], bits: int, group_size: int) -> str:
+    """The files that are there: model, what the configuration calls them, or AutoGPTQ's own name for them."""
+    named = given.get("model_file_base_name")
+    if named is not None and (not isinstance(named, str) or named in ("", ".", "..") or set(named) & set("/\\\0")):
+        raise ValueError(f"{where}.model_file_base_name is {named!r}, which is no plain file name")
+    candidates = ("model", named, f"gptq_model-{bits}bit-{group_size}g")
+    return next((base for base in candidates if base and has_safetensors(folder, base)), "model")
 
 
 def _number(where: str, given: Mapping[str, Any], names: tuple[str, ...], default: int) -> int:

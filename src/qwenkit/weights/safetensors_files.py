@@ -18,20 +18,20 @@ INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the limit of the reference implementation
 
 
-def has_safetensors(folder: Path) -> bool:
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+def has_safetensors(folder: Path, base: str = "model") -> bool:
+    return any((folder / f"{base}{rest}").is_file() for rest in (".safetensors", ".safetensors.index.json"))
 
 
-def read_safetensors(folder: Path) -> list[StoredTensor]:
-    """Every tensor of `model.safetensors`, or of the shards that its index lists.
+def read_safetensors(folder: Path, base: str = "model") -> list[StoredTensor]:
+    """Every tensor of `model.safetensors`, or of the shards that its index lists; of files that are called `base` instead.
 
     Raises FileNotFoundError for a missing shard, ValueError (naming the file) for one that is truncated or corrupt, or
     that lacks a tensor the index promised.
     """
-    if (folder / SINGLE).is_file():
-        return read_file(folder / SINGLE)
+    if (folder / f"{base}.safetensors").is_file():
+        return read_file(folder / f"{base}.safetensors")
     tensors: dict[str, StoredTensor] = {}
-    for shard, expected in shards(folder / INDEX).items():
+    for shard, expected in shards(folder / f"{base}.safetensors.index.json").items():
         found = {tensor.name: tensor for tensor in read_file(folder / shard)}
         check_shard(folder / shard, expected, set(found))
         twice = tensors.keys() & found.keys()
