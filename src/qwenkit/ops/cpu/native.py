@@ -176,5 +176,5 @@ class NativeOps:
 def _int64(values: list[int]) -> torch.Tensor:
     """For a kernel. Written past torch: whoever watches a recording would take torch.tensor for arithmetic of the model."""
     memory = torch.empty(len(values), dtype=torch.int64)
-    (ctypes.c_int64 * len(values)).from_address(memory.data_ptr())[:] = values
+    ctypes.memmove(memory.data_ptr(), (ctypes.c_int64 * len(values))(*values), memory.nbytes)
     return memory
