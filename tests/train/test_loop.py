@@ -35,7 +35,7 @@ def assert_equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -
 
 def test_it_learns() -> None:
     memory = Memory()
-    outcome = Trainer(config(max_steps=60), parts(), memory).run()
+    outcome = Trainer(config(max_steps=60), parts(tiny_model(lora=False)), memory).run()
     assert outcome.reason == "done"
     assert outcome.step == len(memory.losses) == 60
     assert memory.losses[0] > 3.5
@@ -121,17 +121,22 @@ def start(folder: Path, steps: int) -> subprocess.Popen[str]:
 
 def test_killed_at_random_steps_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     steps = 40 if KILLS == 3 else 150
-    assert start(tmp_path / "whole", steps).wait() == 0
+    with start(tmp_path / "whole", steps) as process:
+        process.communicate()
+    assert process.returncode == 0
     chance, kills = random.Random(0), 0
     while True:
-        process = start(tmp_path / "killed", steps)
-        assert process.stdout is not None
-        process.stdout.readline()
-        if kills < KILLS:
-            time.sleep(chance.uniform(0.02, 0.35))
-            process.kill()
-        if process.wait() == 0:
+        with start(tmp_path / "killed", steps) as process:
+            assert process.stdout is not None
+            while process.stdout.readline().strip() not in ("begins", ""):  # "" where it died
+                pass
+            if kills < KILLS:
+                time.sleep(chance.uniform(0.02, 0.35))
+                process.kill()
+            process.wait()
+        if process.returncode == 0:
             break
+        assert process.returncode == -signal.SIGKILL
         kills += 1
     assert kills > KILLS // 2
     expected, found = (torch.load(tmp_path / run / "weights.pt", weights_only=True) for run in ("whole", "killed"))
@@ -226,14 +231,14 @@ def test_memory_that_runs_out_halves_micro_batches_and_changes_nothing_else() ->
 
 
 def test_memory_that_runs_out_for_one_sample_is_said() -> None:
-    class None_(NextTokens):
+    class Full(NextTokens):
         def __call__(self, model: Qwen, batch: TrainBatch) -> tuple[torch.Tensor, Mapping[str, float]]:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    trainer = Trainer(config(), parts(objective=None_()), Memory())
+    trainer = Trainer(config(), parts(objective=Full()), Memory())
     with pytest.raises(ValueError, match="memory ran out, and micro-batches are as small as they can be"):
         trainer.run()
-    stopping = Trainer(config(oom_policy="stop"), parts(objective=None_()), Memory())
+    stopping = Trainer(config(oom_policy="stop"), parts(objective=Full()), Memory())
     with pytest.raises(ValueError, match="oom_policy is stop"):
         stopping.run()
 

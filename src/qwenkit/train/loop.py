@@ -89,12 +89,13 @@ class Trainer:
     # One step
 
     def _endless(self) -> Iterator[TrainBatch]:
+        empty = 0  # epochs in a row; what is left of one after a resume may be nothing
         while True:
-            empty = True
+            empty += 1
             for batch in self.parts.train:
-                empty = False
+                empty = 0
                 yield batch
-            if empty:
+            if empty > 1:
                 raise ValueError("the training data gives no batch: every sample was dropped, or there is none")
 
     def _step(self) -> None:
