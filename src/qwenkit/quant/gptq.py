@@ -14,7 +14,8 @@ import torch
 from qwenkit.quant.config import QuantConfig
 from qwenkit.quant.moments import Moments
 
-BLOCK = 128  # columns whose updates are applied to the rest of the matrix together
+BLOCK = 128  # inputs whose errors are spread over the rest of the matrix together, by one product
+STRIP = 32  # the same inside a block
 _SHRINK = torch.linspace(1.0, 0.4, 25).tolist()  # of a group's range, tried by the search for the best scale
 _SMALLEST_SCALE = 2.0**-24  # fp16's
 
@@ -213,8 +214,12 @@ def _round_in_order(
     fixed: list[tuple[torch.Tensor, torch.Tensor]] | None,
     config: QuantConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round `work` (in, out) row by row -> codes (in, out), scales and zeros (out, groups). `work` is used up."""
+    """Round `work` (in, out) row by row -> codes (in, out), scales and zeros (out, groups). `work` is used up.
+
+    An error is spread late: a row collects those before it when its block, its strip, or itself is reached.
+    """
     inputs, outputs = work.shape
+    group = 0
     if isinstance(groups, list):
         starts, position = {}, 0
         for group, size in groups:
@@ -228,33 +233,32 @@ def _round_in_order(
     for group, (scale, zero) in enumerate(fixed or ()):
         scales[:, group], zeros[:, group] = scale, zero
     for begin, end in _segments(inputs, starts):
-        part, errors = work[begin:end], work.new_empty(end - begin, outputs)
-        for i, column in enumerate(range(begin, end)):
-            if column in starts:
-                group, size = starts[column]
-                if fixed is None:
-                    # A group never crosses the end of a segment unless it starts with one, when all its rows are up to date.
-                    scales[:, group], zeros[:, group] = find_grid(work[column : column + size].T, config)
-                scale, zero = scales[:, group].contiguous(), zeros[:, group].contiguous()
-            elif isinstance(groups, torch.Tensor):
-                group = int(groups[column])
-                scale, zero = scales[:, group], zeros[:, group]
-            code = _codes(part[i], scale, zero, config.bits)
-            codes[column] = code
-            errors[i] = (part[i] - scale * (code - zero)) / factor[column, column]
-            part[i + 1 :].addr_(factor[column, column + 1 : end], errors[i], alpha=-1)
+        if fixed is None and begin in starts:
+            group, size = starts[begin]
+            scales[:, group], zeros[:, group] = find_grid(work[begin : begin + size].T, config)
+        errors = work.new_empty(end - begin, outputs)
+        for first in range(begin, end, STRIP):
+            last = min(first + STRIP, end)
+            strip, lost = work[first:last], errors[first - begin : last - begin]
+            strip.addmm_(factor[begin:first, first:last].T, errors[: first - begin], alpha=-1)
+            for i, column in enumerate(range(first, last)):
+                if isinstance(groups, torch.Tensor):
+                    group = int(groups[column])
+                    scale, zero = scales[:, group].contiguous(), zeros[:, group].contiguous()
+                elif column == first:
+                    scale, zero = scales[:, group].contiguous(), zeros[:, group].contiguous()
+                row = strip[i] if i == 0 else strip[i].addmv_(lost[:i].T, factor[first:column, column], alpha=-1)
+                code = _codes(row, scale, zero, config.bits)
+                codes[column] = code
+                torch.sub(row, code.sub_(zero).mul_(scale), out=lost[i]).div_(factor[column, column])
         work[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
     return codes, scales, zeros
 
 
 def _segments(inputs: int, starts: dict[int, tuple[int, int]]) -> list[tuple[int, int]]:
-    """Runs of at most BLOCK inputs that hold whole groups, or a part of one longer group alone."""
-    if not starts:
-        return [(begin, min(begin + BLOCK, inputs)) for begin in range(0, inputs, BLOCK)]
+    """Runs of at most BLOCK inputs, none in two groups. When one begins, all that is left is up to date."""
+    begins = sorted(starts) or [0]
     segments: list[tuple[int, int]] = []
-    for start, (_, size) in starts.items():
-        if segments and size <= BLOCK and start + size - segments[-1][0] <= BLOCK and start == segments[-1][1]:
-            segments[-1] = segments[-1][0], start + size
-        else:
-            segments += [(at, min(at + BLOCK, start + size)) for at in range(start, start + size, BLOCK)]
+    for begin, end in zip(begins, [*begins[1:], inputs], strict=True):
+        segments += [(at, min(at + BLOCK, end)) for at in range(begin, end, BLOCK)]
     return segments
