@@ -1,0 +1,161 @@
+"""`qwenkit train` end to end on a tiny model: folders, resume, refusals, stages, one command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qwenkit.cli.main import cli
+from qwenkit.cli.train import read_config
+from tests.tiny_models import write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"instruction": f"say {word}", "output": word * 2} for word in ("ab", "cd", "ef", "gh", "ij", "kl")]
+    (folder / "words.json").write_text(json.dumps(rows))
+    pairs = [{"instruction": row["instruction"], "chosen": row["output"], "rejected": "no"} for row in rows]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    info = {
+        "words": {"file_name": "words.json"},
+        "pairs": {
+            "file_name": "pairs.json",
+            "ranking": True,
+            "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
+        },
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.fixture
+def settings(model: Path, data: Path, tmp_path: Path) -> list[str]:
+    return [
+        *(f"model={model}", "dataset=words", f"dataset_dir={data}", f"output_dir={tmp_path / 'out'}"),
+        *(f"cache_dir={tmp_path / 'cache'}", "max_steps=4", "save_steps=2", "logging_steps=1", "learning_rate=0.01"),
+    ]
+
+
+def invoke(*words: str) -> Result:
+    return CliRunner().invoke(cli, ["train", *words])
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+
+
+def test_lora_leaves_an_adapter_checkpoints_log_results_and_plots(settings: list[str], tmp_path: Path) -> None:
+    result = invoke(
+        *settings, "val_size=2", "eval_steps=2", "plot_loss=true", "ema=0.5", "sample_prompts=who", "--max-steps", "6"
+    )
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    for folder in (out, out / "ema", out / "checkpoint-6"):
+        assert (folder / "adapter_config.json").is_file(), folder
+    assert {"training_loss.png", "training_eval_loss.png", "all_results.json"} <= {path.name for path in out.iterdir()}
+    losses = [line["loss"] for line in log(out) if "loss" in line]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert [line["current_steps"] for line in log(out) if "eval_loss" in line] == [2, 4, 6]
+    assert any("answer" in line for line in log(out))
+    assert json.loads((out / "all_results.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "qlora"])
+def test_methods(settings: list[str], tmp_path: Path, method: str) -> None:
+    result = invoke(*settings, f"method={method}", "gradient_checkpointing=true")
+    assert result.exit_code == 0, result.output
+    kept = "adapter_model.safetensors" if method == "qlora" else "model.safetensors"
+    assert (tmp_path / "out" / kept).is_file()
+
+
+@pytest.mark.parametrize("stage", ["pt", "dpo", "orpo", "rm"])
+def test_stages(settings: list[str], tmp_path: Path, stage: str) -> None:
+    dataset = [] if stage == "pt" else ["dataset=pairs"]
+    words = [f"stage={stage}", *dataset]
+    if stage == "pt":
+        (tmp_path / "text.txt").write_text("To be, or not to be.\n" * 30)
+        words += [f"dataset={tmp_path / 'text.txt'}", "cutoff_len=64"]
+    result = invoke(*settings, *words, "per_device_train_batch_size=2")
+    assert result.exit_code == 0, result.output
+    assert len(log(tmp_path / "out")) == 4
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(settings: list[str], tmp_path: Path) -> None:
+    assert invoke(*settings).exit_code == 0
+    refused = invoke(*settings)
+    assert refused.exit_code == 2
+    assert "holds checkpoint-4 of an earlier run" in refused.output
+    more = invoke(*settings, "max_steps=6", "resume_from_checkpoint=latest")
+    assert more.exit_code == 0, more.output
+    assert [line["current_steps"] for line in log(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    assert invoke(*settings, "overwrite_output_dir=true", "max_steps=1").exit_code == 0
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_check_reads_everything_and_trains_nothing(settings: list[str], tmp_path: Path) -> None:
+    good = invoke(*settings, "--check")
+    assert good.exit_code == 0
+    assert "words: 6 records" in good.output
+    (tmp_path / "bad.json").write_text('[{"instruction": "a", "output": ""}]')
+    bad = invoke(*settings, f"dataset={tmp_path / 'bad.json'}", "--check")
+    assert bad.exit_code == 1
+    assert "bad.json" in bad.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_print_config(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\nlora_rank: 4\n")
+    result = invoke(str(path), "lora_rank=5", "--lora-alpha", "7", "--print-config")
+    assert result.exit_code == 0
+    assert "model: m\n" in result.output
+    assert "lora_rank: 5\n" in result.output
+    assert "lora_alpha: 7.0\n" in result.output
+
+
+def test_keys_of_other_trainers(tmp_path: Path) -> None:
+    path = tmp_path / "llama_factory.yaml"
+    path.write_text(
+        "model_name_or_path: Qwen/Qwen2-0.5B\nstage: sft\ndo_train: true\nfinetuning_type: lora\nlora_target: all\n"
+        "dataset: identity\ntemplate: qwen\noutput_dir: saves\n"
+    )
+    config, _ = read_config([str(path), "max_steps=3"])
+    assert (config.model, config.method, config.max_steps) == ("Qwen/Qwen2-0.5B", "lora", 3)
+    config, _ = read_config(
+        ["--model_name_or_path", "Qwen/Qwen-7B", "--data_path", "d.json", "--use_lora", "--lora_r=4"]
+    )
+    assert (config.model, config.method, config.lora_rank) == ("Qwen/Qwen-7B", "lora", 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "model is missing"),
+        (["model=m"], "dataset is missing"),
+        (["model=m", "datset=x"], "datset is not a setting of train; did you mean dataset?"),
+        (["--lora-rnak", "3"], "lora_rnak is not a setting of train; did you mean lora_rank?"),
+        (["model=m", "dataset=d", "early_stopping_patience=1"], "early_stopping_patience needs evaluation data"),
+        (["nowhere.yaml"], "no such file"),
+    ],
+)
+def test_refusals_are_one_sentence(words: list[str], sentence: str) -> None:
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert sentence in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_help_lists_every_setting() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for name in ("--learning-rate", "--use-dora", "--nproc", "--check"):
+        assert name in result.output
