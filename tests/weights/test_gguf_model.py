@@ -96,7 +96,12 @@ def write(
         if config.moe.shared_expert_intermediate_size:
             writer.add_expert_shared_feed_forward_length(config.moe.shared_expert_intermediate_size)
     for key, value in metadata.items():
-        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint64}[type(value)]
+        add = {
+            str: writer.add_string,
+            float: writer.add_float32,
+            int: writer.add_uint64,
+            list: writer.add_array,
+        }[type(value)]
         add(key.replace("__", "."), value)
     worth: dict[str, np.ndarray] = {}
     for name, data in (tensors or llama_cpp_tensors(model, arch)).items():
