@@ -35,7 +35,8 @@ def pytest_sessionstart() -> None:
 torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it brings
 
 
-# Tests of real processes, sockets and browsers wait for the clock, which a busy machine can make too short: they get a second try.
+# Tests of real processes, sockets and browsers wait for the clock, which a busy machine can make too short: they get another
+# try.
 WITH_A_CLOCK = ("tests/serve/", "tests/train/", "tests/cli/", "tests/engine/test_grammar")
 
 

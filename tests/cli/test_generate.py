@@ -302,4 +302,6 @@ def test_an_answer_that_failed_says_why() -> None:
     output = RequestOutput([1, 2], [Completion(0, "x", [7], "error", error="the logits are not finite")])
     record = as_record(Job(1, "a", SamplingParams()), output)
     assert (record["text"], record["finish_reason"], record["error"]) == ("x", "error", "the logits are not finite")
-    assert "error" not in as_record(Job(1, "a", SamplingParams()), RequestOutput([1], [Completion(0, "x", [7], "stop")]))
+    assert "error" not in as_record(
+        Job(1, "a", SamplingParams()), RequestOutput([1], [Completion(0, "x", [7], "stop")])
+    )

@@ -126,7 +126,9 @@ def live_server(make_server: MakeServer) -> Iterator[StartServer]:
 def running(server: Server, *, app: FastAPI | None = None) -> Iterator[LiveServer]:
     """A Server behind uvicorn in a thread, on a free loopback port."""
     app = app or create_app(server)
-    web = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2))
+    web = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2)
+    )
     server.driver.start()
     thread = threading.Thread(target=web.run, name="uvicorn", daemon=True)
     thread.start()

@@ -108,7 +108,8 @@ def _source_files(source: Path) -> list[Path]:
     named = (
         path
         for path in source.iterdir()
-        if path.name in ("config.json", "quantize_config.json") or path.name.endswith((".safetensors", ".bin", ".index.json"))
+        if path.name in ("config.json", "quantize_config.json")
+        or path.name.endswith((".safetensors", ".bin", ".index.json"))
     )
     return sorted(path for path in named if path.is_file())
 
