@@ -84,3 +84,12 @@ def test_files_that_are_no_settings(tmp_path: Path, text: str, sentence: str) ->
 def test_words_that_are_no_assignment() -> None:
     with pytest.raises(ValueError, match="'lora' is neither a file nor key=value"):
         parse_assignments(["lora"])
+
+
+def test_several_whole_texts_on_the_command_line_are_a_yaml_list() -> None:
+    words = parse_assignments(['variables=[name=Kit, "author=A, B"]', "dataset=[x, y]"])
+    config = TrainConfig.from_settings({"model": "m", **words})
+    assert config.variables == ("name=Kit", "author=A, B")
+    assert config.dataset == ("x", "y")
+    with pytest.raises(ValueError, match="not a YAML list"):
+        TrainConfig.from_settings({"model": "m", "variables": "[a: b: c]"})

@@ -288,7 +288,7 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
         kind = get_args(hint)[0]
         items = [] if value is None else value
         if isinstance(items, str):
-            items = [item.strip() for item in items.split(",") if item.strip()] if name not in _WHOLE_TEXTS else [items]
+            items = _items(items, name)
         return tuple(_typed(name, kind, item) for item in (items if isinstance(items, list | tuple) else [items]))
     if isinstance(value, str) and hint is not str:
         try:
@@ -307,6 +307,16 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
 
 
 _WHOLE_TEXTS = ("sample_prompts", "variables")  # a comma is part of the text; several are given as a YAML list
+
+
+def _items(text: str, name: str) -> list[object]:
+    """A list as words of the command line give it: a YAML list, or names with commas between them."""
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            return list(yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise ValueError(f"{name} is {text!r}, which is not a YAML list such as [one, two]") from None
+    return [text] if name in _WHOLE_TEXTS else [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
