@@ -24,7 +24,7 @@ SIZES = "sizes.yaml"
 ROWS = ("weights", "gradients", "optimizer", "activations", "gathered", "runtime", "total")
 
 
-@click.group()
+@click.group(epilog="\b\nExample:\n  qwenkit plan train Qwen/Qwen2.5-7B method=lora cutoff_len=2048")
 def plan() -> None:
     """What something will need, before it is done."""
 
