@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/qwenkit chat smollm2 "What is the capital of France, and what is it known for?" --temperature 0 --max-tokens 80
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	QWENKIT_OPS=avx2 $(BIN)/python -m pytest tests/model tests/engine
 	QWENKIT_OPS=avx512 $(BIN)/python -m pytest tests/model tests/engine tests/test_smollm2.py
 
