@@ -61,10 +61,17 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count, after one that warms up")
     parser.add_argument("--least", type=float, default=0.0, help="ratio below which the exit code is 1")
+    parser.add_argument("--weights", default="auto", help="as for qwenkit serve; both sides take it")
     given, flags = parser.parse_known_args()
 
-    with Served(given.model, *flags) as served:
-        llm = LLM(given.model, prefix_cache=False, max_model_len=given.prompt + given.new, max_num_seqs=given.streams)
+    with Served(given.model, "--weights", given.weights, *flags) as served:
+        llm = LLM(
+            given.model,
+            weights=given.weights,
+            prefix_cache=False,
+            max_model_len=given.prompt + given.new,
+            max_num_seqs=given.streams,
+        )
         prompts = bench_measure.Prompts(llm)
         engine: list[float] = []
         server: list[float] = []
@@ -84,6 +91,7 @@ def main() -> int:
         "streams": given.streams,
         "prompt": given.prompt,
         "new": given.new,
+        "weights": given.weights,
         "flags": flags,
         "engine_tok_s": round(median(engine), 1),
         "server_tok_s": round(median(server), 1),
