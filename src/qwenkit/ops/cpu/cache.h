@@ -34,20 +34,20 @@ struct Cache {
   }
 };
 
+inline float f_of_bf16(uint16_t x) {
+  const uint32_t wide = (uint32_t)x << 16;
+  float f;
+  memcpy(&f, &wide, 4);
+  return f;
+}
+
 // `count` values of a cache as fp32.
 template <int PACK>
 inline void widen(const uint8_t* from, float* to, int64_t count) {
   int64_t d = 0;
   for (; d + LANES <= count; d += LANES)
     f_store(to + d, PACK == CACHE_INT8 ? f_of_i8((const int8_t*)from + d) : f_bf16((const uint16_t*)from + d));
-  for (; d < count; d++) {
-    if (PACK == CACHE_INT8) {
-      to[d] = ((const int8_t*)from)[d];
-    } else {
-      const uint32_t wide = (uint32_t)((const uint16_t*)from)[d] << 16;
-      memcpy(to + d, &wide, 4);
-    }
-  }
+  for (; d < count; d++) to[d] = PACK == CACHE_INT8 ? ((const int8_t*)from)[d] : f_of_bf16(((const uint16_t*)from)[d]);
 }
 
 inline uint16_t bf16_of(float x) {  // to nearest, ties to even
@@ -55,13 +55,6 @@ inline uint16_t bf16_of(float x) {  // to nearest, ties to even
   memcpy(&bits, &x, 4);
   if (x != x) return (uint16_t)(bits >> 16 | 0x40);
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-inline float f_of_bf16(uint16_t x) {
-  const uint32_t wide = (uint32_t)x << 16;
-  float f;
-  memcpy(&f, &wide, 4);
-  return f;
 }
 
 // A row of int4 values as fp32.
