@@ -9,6 +9,7 @@
 #pragma once
 #include <cmath>
 
+#include "elementwise.h"
 #include "program.h"
 #include "simd.h"
 
@@ -120,17 +121,22 @@ inline float bytes_of(const float* x, int64_t dim, int8_t* out) {
   return largest / 127.0f + nothing;
 }
 
-// p: k, v, keys, values, key scales, value scales, slots (int64), key bias (or null), its table, places (int64); n: tokens, kv_heads,
-// head_dim, block_size, pack, length of the table, its angles
+// p: k, v, keys, values, key scales, value scales, slots (int64), key bias (or null), its table, places (int64), cos, sin (or null);
+// n: tokens, kv_heads, head_dim, block_size, pack, length of the table, its angles, half. Where cos is given, k is rotated first.
 void write_cache(const Op& op, int thread, int threads) {
   const int64_t heads = op.n[1], dim = op.n[2], size = op.n[3], items = op.n[0] * heads;
   const int64_t* slots = (const int64_t*)op.p[6];
   const Cache cache = {(uint8_t*)op.p[2], (uint8_t*)op.p[3], (float*)op.p[4], (float*)op.p[5], heads, dim, size, (int)op.n[4]};
   const KeyBias bias = {(const float*)op.p[7], (const float*)op.p[8], (const int64_t*)op.p[9], op.n[5], op.n[6]};
-  float unbiased[MAX_DIM];
+  float rotated[MAX_DIM], unbiased[MAX_DIM];
   for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; item++) {
     const int64_t token = item / heads, head = item % heads, block = slots[token] / size, inside = slots[token] % size;
     const float *k = (const float*)op.p[0] + item * dim, *v = (const float*)op.p[1] + item * dim;
+    if (op.p[10]) {
+      const float *cos = (const float*)op.p[10] + token * op.n[7], *sin = (const float*)op.p[11] + token * op.n[7];
+      rotate_head(k, cos, sin, rotated, dim, op.n[7]);
+      k = rotated;
+    }
     if (bias.bias) {
       bias.take(k, bias.bias + head * dim, dim, bias.places[token], unbiased);
       k = unbiased;

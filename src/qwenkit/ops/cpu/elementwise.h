@@ -17,70 +17,42 @@ inline Share share_of(int64_t items, int64_t grain, int thread, int threads) {
   return {first < items ? first : items, last < items ? last : items};
 }
 
-// p: y, x, weight, added, total; n: rows, dim; x: eps. y = weight * x / rms(x); where `added` is given, total = x + added takes the
-// place of x.
-void rms_norm(const Op& op, int thread, int threads) {
-  const float *weight = (const float*)op.p[2], eps = (float)op.x;
-  const int64_t dim = op.n[1];
-  const Share rows = share_of(op.n[0], 1, thread, threads);
-  for (int64_t row = rows.first; row < rows.last; row++) {
-    const float* x = (const float*)op.p[1] + row * dim;
-    float* y = (float*)op.p[0] + row * dim;
-    int64_t k = 0;
-    if (op.p[3]) {
-      const float* added = (const float*)op.p[3] + row * dim;
-      float* total = (float*)op.p[4] + row * dim;
-      for (; k + 16 <= dim; k += 16) f_store(total + k, f_add(f_load(x + k), f_load(added + k)));
-      for (; k < dim; k++) total[k] = x[k] + added[k];
-      x = total;
-      k = 0;
-    }
-    F16 squares = f_zero();
-    for (; k + 16 <= dim; k += 16) squares = f_fma(f_load(x + k), f_load(x + k), squares);
-    float sum = f_sum(squares);
-    for (; k < dim; k++) sum += x[k] * x[k];
-    const float scale = 1.0f / std::sqrt(sum / dim + eps);
-    const F16 s = f_set1(scale);
-    for (k = 0; k + 16 <= dim; k += 16) f_store(y + k, f_mul(f_load(weight + k), f_mul(f_load(x + k), s)));
-    for (; k < dim; k++) y[k] = weight[k] * (x[k] * scale);
-  }
-}
-
-// One group of activations as int8: q, its scale and scale * (sum of q).
-inline void store_group(const Op& op, int64_t row, int64_t group_index, const float* values, float scale) {
-  const int64_t dim = op.n[1], group = op.n[2], at = row * (dim / group) + group_index;
-  int8_t* q = (int8_t*)op.p[0] + row * dim + group_index * group;
-  I16 total = i_set1(0);
-  for (int64_t k = 0; k < group; k += 16) {
-    const I16 rounded = i_of_f(f_load(values + k));
-    total = i_add(total, rounded);
-    i_store_i8(q + k, rounded);
-  }
-  ((float*)op.p[1])[at] = scale;
-  ((float*)op.p[2])[at] = scale * (float)i_sum(total);
-}
-
 constexpr int64_t MAX_QUANTIZED_GROUP = 128;
 
-// p: q, scale, sum, x; n: tokens, dim, group (a multiple of 16 up to 128 that divides dim), pairs. Symmetric, the largest value
-// becomes 127. With pairs each token gives two rows, a coarse one and what it leaves in steps of 1/256: 16 bits in all.
-// A value that is not finite makes its group's scale NaN, so that it is not lost.
-void quantize(const Op& op, int thread, int threads) {
-  const int64_t dim = op.n[1], group = op.n[2], groups = dim / group;
-  const bool pairs = op.n[3];
-  const float steps = pairs ? 127.0f * 256.0f : 127.0f;
-  const Share items = share_of(op.n[0] * groups, 8, thread, threads);
-  for (int64_t item = items.first; item < items.last; item++) {
-    const int64_t token = item / groups, index = item % groups;
-    const float* x = (const float*)op.p[3] + item * group;
+// Activations as int8: for each token and group its values q, a scale, and scale * (sum of q). Symmetric, the largest value becomes
+// 127. With pairs each token gives two rows, a coarse one and what it leaves in steps of 1/256: 16 bits in all.
+struct QuantizeTo {
+  int8_t* q;
+  float *scale, *sum;
+  int64_t dim, group;  // the group is a multiple of 16 up to MAX_QUANTIZED_GROUP that divides dim
+  bool pairs;
+
+  int64_t groups() const { return dim / group; }
+  int64_t grain() const { return group < 256 ? 256 / group : 1; }  // groups that are dealt together
+
+  void store(int64_t row, int64_t index, const float* values, float step) const {
+    int8_t* to = q + row * dim + index * group;
+    I16 total = i_set1(0);
+    for (int64_t k = 0; k < group; k += 16) {
+      const I16 rounded = i_of_f(f_load(values + k));
+      total = i_add(total, rounded);
+      i_store_i8(to + k, rounded);
+    }
+    scale[row * groups() + index] = step;
+    sum[row * groups() + index] = step * (float)i_sum(total);
+  }
+
+  // One group, of values x. A value that is not finite makes the scale NaN, so that it is not lost.
+  void quantize(int64_t token, int64_t index, const float* x) const {
+    const float steps = pairs ? 127.0f * 256.0f : 127.0f;
     F16 largest = f_zero(), nothing = f_zero();
     for (int64_t k = 0; k < group; k += 16) {
       const F16 v = f_load(x + k);
       largest = f_max(largest, f_abs(v));
       nothing = f_add(nothing, f_sub(v, v));
     }
-    const float scale = f_hmax(largest) / steps + f_sum(nothing);
-    const F16 inverse = f_set1(scale > 0 ? 1.0f / scale : 0.0f);
+    const float step = f_hmax(largest) / steps + f_sum(nothing);
+    const F16 inverse = f_set1(step > 0 ? 1.0f / step : 0.0f);
     float coarse[MAX_QUANTIZED_GROUP], fine[MAX_QUANTIZED_GROUP];
     for (int64_t k = 0; k < group; k += 16) {
       const F16 whole = f_round(f_mul(f_load(x + k), inverse));
@@ -89,51 +61,125 @@ void quantize(const Op& op, int thread, int threads) {
       f_store(fine + k, f_min(f_set1(127.0f), f_sub(whole, f_mul(high, f_set1(256.0f)))));
     }
     if (pairs) {
-      store_group(op, 2 * token, index, coarse, scale * 256);
-      store_group(op, 2 * token + 1, index, fine, scale);
+      store(2 * token, index, coarse, step * 256);
+      store(2 * token + 1, index, fine, step);
     } else {
-      store_group(op, token, index, coarse, scale);
+      store(token, index, coarse, step);
     }
+  }
+};
+
+// p: q, scale, sum, x; n: tokens, dim, group, pairs
+void quantize(const Op& op, int thread, int threads) {
+  const QuantizeTo to = {(int8_t*)op.p[0], (float*)op.p[1], (float*)op.p[2], op.n[1], op.n[2], op.n[3] != 0};
+  const Share items = share_of(op.n[0] * to.groups(), to.grain(), thread, threads);
+  for (int64_t item = items.first; item < items.last; item++)
+    to.quantize(item / to.groups(), item % to.groups(), (const float*)op.p[3] + item * to.group);
+}
+
+// The mean square of x, or of total = x + added. The whole row is read, total is written from column `first` to `last` only: threads
+// that share a row each need the mean of all of it.
+inline float mean_square(const float* x, const float* added, float* total, int64_t dim, int64_t first, int64_t last) {
+  F16 squares = f_zero();
+  int64_t k = 0;
+  for (; k + 16 <= dim; k += 16) {
+    F16 v = f_load(x + k);
+    if (added) {
+      v = f_add(v, f_load(added + k));
+      if (k >= first && k < last) f_store(total + k, v);
+    }
+    squares = f_fma(v, v, squares);
+  }
+  float sum = f_sum(squares);
+  for (; k < dim; k++) {
+    float v = x[k];
+    if (added) {
+      v += added[k];
+      if (k >= first && k < last) total[k] = v;
+    }
+    sum += v * v;
+  }
+  return sum / dim;
+}
+
+// p: y, x, weight, added, total, q, scale, sum; n: rows, dim, group, pairs; x: eps. y = weight * x / rms(x); where `added` is given,
+// total = x + added takes the place of x; where q is given, y is also quantized.
+void rms_norm(const Op& op, int thread, int threads) {
+  const float *weight = (const float*)op.p[2], eps = (float)op.x;
+  const int64_t dim = op.n[1];
+  const bool quantized = op.p[5] != nullptr;
+  const QuantizeTo to = {(int8_t*)op.p[5], (float*)op.p[6], (float*)op.p[7], dim, quantized ? op.n[2] : dim, op.n[3] != 0};
+  const int64_t parts = to.groups();  // of a row; threads may share one
+  const Share items = share_of(op.n[0] * parts, quantized ? to.grain() : 1, thread, threads);
+  for (int64_t item = items.first; item < items.last;) {
+    const int64_t row = item / parts, begin = item % parts;
+    const int64_t end = items.last - row * parts < parts ? items.last - row * parts : parts;
+    const int64_t first = begin * to.group, last = end * to.group;
+    const float* x = (const float*)op.p[1] + row * dim;
+    const float* added = op.p[3] ? (const float*)op.p[3] + row * dim : nullptr;
+    float* total = op.p[3] ? (float*)op.p[4] + row * dim : nullptr;
+    float* y = (float*)op.p[0] + row * dim;
+    const float scale = 1.0f / std::sqrt(mean_square(x, added, total, dim, first, last) + eps);
+    if (added) x = total;
+    int64_t k = first;
+    for (; k + 16 <= last; k += 16) f_store(y + k, f_mul(f_load(weight + k), f_mul(f_load(x + k), f_set1(scale))));
+    for (; k < last; k++) y[k] = weight[k] * (x[k] * scale);
+    if (quantized)
+      for (int64_t index = begin; index < end; index++) to.quantize(row, index, y + index * to.group);
+    item = row * parts + end;
   }
 }
 
-// p: y, x, cos, sin; n: tokens, heads, head_dim, half, row stride of x, row stride of y (both in floats); the first 2 * half
-// channels of each head turn, channel j with j + half, the rest is copied.
+// The first 2 * half channels of a head turn, channel j with j + half; the rest is copied.
+inline void rotate_head(const float* x, const float* cos, const float* sin, float* y, int64_t dim, int64_t half) {
+  int64_t j = 0;
+  for (; j + 16 <= half; j += 16) {
+    const F16 a = f_load(x + j), b = f_load(x + half + j), c = f_load(cos + j), s = f_load(sin + j);
+    f_store(y + j, f_sub(f_mul(a, c), f_mul(b, s)));
+    f_store(y + half + j, f_add(f_mul(b, c), f_mul(a, s)));
+  }
+  for (; j < half; j++) {
+    const float a = x[j], b = x[half + j];
+    y[j] = a * cos[j] - b * sin[j];
+    y[half + j] = b * cos[j] + a * sin[j];
+  }
+  for (j = 2 * half; j < dim; j++) y[j] = x[j];
+}
+
+// p: y, x, cos, sin; n: tokens, heads, head_dim, half
 void rotate(const Op& op, int thread, int threads) {
   const int64_t heads = op.n[1], dim = op.n[2], half = op.n[3];
-  const Share tokens = share_of(op.n[0] * heads, 4, thread, threads);
-  for (int64_t item = tokens.first; item < tokens.last; item++) {
-    const int64_t token = item / heads, head = item % heads;
-    const float* x = (const float*)op.p[1] + token * op.n[4] + head * dim;
-    float* y = (float*)op.p[0] + token * op.n[5] + head * dim;
-    const float *cos = (const float*)op.p[2] + token * half, *sin = (const float*)op.p[3] + token * half;
-    int64_t j = 0;
-    for (; j + 16 <= half; j += 16) {
-      const F16 a = f_load(x + j), b = f_load(x + half + j), c = f_load(cos + j), s = f_load(sin + j);
-      f_store(y + j, f_sub(f_mul(a, c), f_mul(b, s)));
-      f_store(y + half + j, f_add(f_mul(b, c), f_mul(a, s)));
-    }
-    for (; j < half; j++) {
-      const float a = x[j], b = x[half + j];
-      y[j] = a * cos[j] - b * sin[j];
-      y[half + j] = b * cos[j] + a * sin[j];
-    }
-    for (j = 2 * half; j < dim; j++) y[j] = x[j];
+  const Share items = share_of(op.n[0] * heads, 4, thread, threads);
+  for (int64_t item = items.first; item < items.last; item++) {
+    const float *cos = (const float*)op.p[2] + item / heads * half, *sin = (const float*)op.p[3] + item / heads * half;
+    rotate_head((const float*)op.p[1] + item * dim, cos, sin, (float*)op.p[0] + item * dim, dim, half);
   }
 }
 
-// p: y, gate, up; n: count. y = silu(gate) * up
-void silu_mul(const Op& op, int thread, int threads) {
-  float* y = (float*)op.p[0];
-  const float *gate = (const float*)op.p[1], *up = (const float*)op.p[2];
-  const Share share = share_of(op.n[0], 1024, thread, threads);
-  int64_t k = share.first;
-  for (; k + 16 <= share.last; k += 16) {
+inline void silu_mul_span(const float* gate, const float* up, float* y, int64_t first, int64_t last) {
+  int64_t k = first;
+  for (; k + 16 <= last; k += 16) {
     const F16 g = f_load(gate + k);
     const F16 sigmoid = f_div(f_set1(1.0f), f_add(f_set1(1.0f), f_exp(f_sub(f_zero(), g))));
     f_store(y + k, f_mul(f_mul(g, sigmoid), f_load(up + k)));
   }
-  for (; k < share.last; k++) y[k] = gate[k] / (1.0f + std::exp(-gate[k])) * up[k];
+  for (; k < last; k++) y[k] = gate[k] / (1.0f + std::exp(-gate[k])) * up[k];
+}
+
+// p: y, gate, up, q, scale, sum; n: count, dim, group, pairs. y = silu(gate) * up; where q is given, y is also quantized.
+void silu_mul(const Op& op, int thread, int threads) {
+  const float *gate = (const float*)op.p[1], *up = (const float*)op.p[2];
+  float* y = (float*)op.p[0];
+  if (!op.p[3]) {
+    const Share share = share_of(op.n[0], 1024, thread, threads);
+    silu_mul_span(gate, up, y, share.first, share.last);
+    return;
+  }
+  const QuantizeTo to = {(int8_t*)op.p[3], (float*)op.p[4], (float*)op.p[5], op.n[1], op.n[2], op.n[3] != 0};
+  const Share items = share_of(op.n[0] / to.group, to.grain(), thread, threads);
+  silu_mul_span(gate, up, y, items.first * to.group, items.last * to.group);
+  for (int64_t item = items.first; item < items.last; item++)
+    to.quantize(item / to.groups(), item % to.groups(), y + item * to.group);
 }
 
 // p: y, a, b; n: count. y = a + b

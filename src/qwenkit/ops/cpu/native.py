@@ -61,7 +61,7 @@ class NativeOps:
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         y = self.executor.empty(*x.shape)
         tokens, heads, dim = x.shape
-        numbers = (tokens, heads, dim, cos.shape[-1], heads * dim, heads * dim)
+        numbers = (tokens, heads, dim, cos.shape[-1])
         self.executor.submit(Kind.ROTATE, (y, x, cos, sin), numbers, writes=(y,))
         return y
 

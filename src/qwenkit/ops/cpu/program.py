@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -33,33 +34,89 @@ class Kind(IntEnum):
     SAMPLE = 10
 
 
+@dataclass(frozen=True)
+class _Step:
+    """An operation, and the addresses of the memory that it reads and writes."""
+
+    op: Op
+    reads: frozenset[int]
+    writes: frozenset[int]
+
+
 class Program:
-    """A list of operations with the fewest waits between them that their reads and writes allow."""
+    """A list of operations with the fewest waits between them that their reads and writes allow.
+
+    An operation that goes on with what the one before it gave becomes part of it where a kernel does both in one pass.
+    """
 
     def __init__(self) -> None:
-        self._ops: list[Op] = []
+        self._steps: list[_Step] = []
         self._tensors: list[torch.Tensor] = []
-        self._read: set[int] = set()
-        self._written: set[int] = set()
+        self._unwritten: set[int] = set()  # results that exist no more, since what read them does their work too
 
     def append(
         self, op: Op, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], hold: Sequence[torch.Tensor]
     ) -> None:
-        """Add an operation, and hold on to tensors. Threads must meet before it if it touches what one since the last meeting
-        has written, or writes what one has read.
-        """
-        read = {tensor.untyped_storage().data_ptr() for tensor in reads}
-        written = {tensor.untyped_storage().data_ptr() for tensor in writes}
-        op.wait = bool(read & self._written or written & (self._written | self._read))
-        if op.wait:
-            self._read, self._written = set(), set()
-        self._read |= read
-        self._written |= written
-        self._ops.append(op)
+        """Add an operation, and hold on to tensors."""
+        read = frozenset(tensor.untyped_storage().data_ptr() for tensor in reads)
+        written = frozenset(tensor.untyped_storage().data_ptr() for tensor in writes)
+        step = _Step(op, read, written)
+        last = self._steps[-1] if self._steps else None
+        joined = None if last is None else join(last.op, op)
+        if joined is not None and last is not None:
+            del self._steps[-1]
+            whole = joined.kind == Kind.WRITE_CACHE  # the rotated keys go to the cache only
+            self._unwritten |= last.writes if whole else frozenset()
+            step = _Step(joined, last.reads | (read - last.writes), written if whole else last.writes | written)
+        assert not step.reads & self._unwritten, "an operation reads what an earlier one no longer writes"
+        self._unwritten -= step.writes
+        self._steps.append(step)
         self._tensors += hold
 
     def finish(self, library: Library) -> Replay:
-        return Replay(library, self._ops, self._tensors)
+        """Threads must meet before an operation that touches what one since the last meeting has written, or writes what one
+        has read.
+        """
+        read: frozenset[int] = frozenset()
+        written: frozenset[int] = frozenset()
+        for step in self._steps:
+            step.op.wait = bool(step.reads & written or step.writes & (written | read))
+            if step.op.wait:
+                read = written = frozenset()
+            read, written = read | step.reads, written | step.writes
+        return Replay(library, [step.op for step in self._steps], self._tensors)
+
+
+def join(first: Op, second: Op) -> Op | None:
+    """One operation that does the work of two successive ones, where there is a kernel for it; the places of pointers and
+    numbers are those that the kernels name.
+    """
+    kinds = (first.kind, second.kind)
+    if kinds == (Kind.ADD, Kind.RMS_NORM) and second.p[1] == first.p[0] and second.p[3] is None:
+        if first.n[0] != second.n[0] * second.n[1]:
+            return None
+        op = _copy(second)
+        op.p[1], op.p[3], op.p[4] = first.p[1], first.p[2], first.p[0]
+        return op
+    if kinds == (Kind.RMS_NORM, Kind.QUANTIZE) and second.p[3] == first.p[0] and first.p[5] is None:
+        if first.n[0:2] != second.n[0:2]:
+            return None
+        op = _copy(first)
+        op.p[5:8], op.n[2:4] = second.p[0:3], second.n[2:4]
+        return op
+    if kinds == (Kind.SILU_MUL, Kind.QUANTIZE) and second.p[3] == first.p[0] and first.p[3] is None:
+        op = _copy(first)
+        op.p[3:6], op.n[1:4] = second.p[0:3], second.n[1:4]
+        return op
+    if kinds == (Kind.ROTATE, Kind.WRITE_CACHE) and second.p[0] == first.p[0] != second.p[1]:
+        op = _copy(second)
+        op.p[0], op.p[10:12], op.n[7] = first.p[1], first.p[2:4], first.n[3]
+        return op
+    return None
+
+
+def _copy(op: Op) -> Op:
+    return Op.from_buffer_copy(op)
 
 
 class Replay:
