@@ -18,7 +18,8 @@ from qwenkit.linear.nf4 import NF4Linear
 from qwenkit.model.context import pack
 from qwenkit.model.qwen import Qwen
 from qwenkit.train.config import TrainConfig
-from qwenkit.train.methods import choose_linears, prepare_model, save_trained, trainable_parameters
+from qwenkit.train.methods import prepare_model, save_trained, trainable_parameters
+from qwenkit.train.targets import choose_linears
 from qwenkit.weights.checkpoint import open_checkpoint
 from qwenkit.weights.load import load_model
 from tests.tiny_models import write_model, write_tokenizer

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,15 @@ from tests.train import ranks
 LAYOUTS = [(size, layout) for size, layouts in ranks.LAYOUTS.items() for layout in layouts]
 
 
-def run_ranks(size: int, folder: Path) -> None:
+def run_ranks(size: int, folder: Path, main: Callable[[int, int, int, Path], None] = ranks.main) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.ranks"])
+    context.set_forkserver_preload(["tests.train.ranks", "tests.train.slice_ranks"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # the server of forks reads nothing else
-        processes = [context.Process(target=ranks.main, args=(rank, size, port, folder)) for rank in range(size)]
+        processes = [context.Process(target=main, args=(rank, size, port, folder)) for rank in range(size)]
         for process in processes:
             process.start()
     try:

@@ -18,6 +18,8 @@ from qwenkit.linear.packed import Pack
 from qwenkit.ops.packed import PackedWeight, dequantize
 
 Dequantize = Callable[[torch.dtype], torch.Tensor]
+# From a parameter to what this process holds of it, and where in the whole that begins.
+Place = Callable[[torch.Tensor], tuple[torch.Tensor, tuple[int, ...]]]
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -72,8 +72,9 @@ class LoRALinear(nn.Module):
     """A frozen Linear of any kind with an update that is trained: lora_A (rank, in) and lora_B (out, rank) in `dtype`.
 
     At the start lora_B is zero, so the update is nothing. `dropout` is the share of inputs that the update does not see while
-    training. With `dora` the lengths of the rows are trained too, lora_magnitude_vector (out,); the base must have its values
-    already. While `enabled` is False the base works alone. Raises ValueError for a rank or a dropout that is out of range.
+    training. With `dora` the lengths of the rows are trained too, lora_magnitude_vector (out,); a base that has no values yet
+    needs `reset_lengths` when it has. `device` None is the base's. While `enabled` is False the base works alone. Raises
+    ValueError for a rank or a dropout that is out of range.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class LoRALinear(nn.Module):
         rslora: bool = False,
         dora: bool = False,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = features(base)
@@ -101,7 +103,8 @@ class LoRALinear(nn.Module):
         self.scaling = lora_scaling(rank, alpha, rslora=rslora)
         self.enabled = True
         self.merged = False
-        device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), None)
+        if device is None:
+            device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), None)
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device=device))
         self.lora_magnitude_vector: nn.Parameter | None = None
@@ -115,7 +118,13 @@ class LoRALinear(nn.Module):
         """A as torch initialises a Linear, B zero, the lengths those of the base."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
-        if self.lora_magnitude_vector is not None and not self.lora_A.is_meta:
+        if not any(tensor.is_meta for tensor in self.base.parameters()):
+            self.reset_lengths()
+
+    @torch.no_grad()
+    def reset_lengths(self) -> None:
+        """DoRA's lengths are those of the matrix as it is now."""
+        if self.lora_magnitude_vector is not None:
             self.lora_magnitude_vector.copy_(self._lengths(self.lora_magnitude_vector.dtype))
 
     @property

@@ -7,6 +7,7 @@ for each 64 inputs of a row; with double quantization those maxima take 8 bits t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qwenkit.linear.frozen import frozen_linear
+from qwenkit.linear.frozen import Place, frozen_linear
 
 BLOCK = 64  # inputs that share an absolute maximum
 GROUP = 256  # maxima that share a mean and a step
@@ -58,35 +59,57 @@ class NF4Linear(nn.Module):
 
     def fill(self, kind: str, stored: Any) -> None:
         """Take the checkpoint's weight, some rows at a time."""
+        self.fill_part(kind, stored, _all)
+
+    def fill_part(self, kind: str, stored: Any, place: Place) -> None:
+        """The same where a process holds only some rows of each tensor: `place` gives what it holds and where that begins.
+
+        Rows that nothing here comes from are not read.
+        """
         assert kind == "weight"
-        for start in range(0, self.out_features, ROWS):
-            self._take_rows(start, stored.read(start, min(start + ROWS, self.out_features)))
+        self._fill(stored.read, place)
 
     def take(self, weight: torch.Tensor) -> None:
         """Quantize a matrix (out, in)."""
-        for start in range(0, self.out_features, ROWS):
-            self._take_rows(start, weight[start : start + ROWS])
+        self._fill(lambda start, stop: weight[start:stop], _all)
 
     @torch.no_grad()
-    def _take_rows(self, start: int, weight: torch.Tensor) -> None:
-        stop = start + weight.shape[0]
+    def _fill(self, read: Callable[[int, int], torch.Tensor], place: Place) -> None:
+        held = {name: place(tensor) for name, tensor in self.named_parameters(recurse=False) if name != "bias"}
+        for start in range(0, self.out_features, ROWS):
+            stop = min(start + ROWS, self.out_features)
+            rows, groups = (start, stop), (start * self.blocks // GROUP, -(-stop * self.blocks // GROUP))
+            wanted = []
+            for name, (part, (first, *_)) in held.items():
+                low, high = groups if name == "groups" else rows
+                low, high = max(low, first), min(high, first + len(part))
+                if low < high:
+                    wanted.append(
+                        (name, part[low - first : high - first], low - (groups if name == "groups" else rows)[0])
+                    )
+            if wanted:
+                made = self._quantized(read(start, stop))
+                for name, part, skipped in wanted:
+                    part.copy_(made[name][skipped : skipped + len(part)])
+
+    def _quantized(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Codes, maxima and groups of some rows."""
+        made = {}
         wide = weight.to(self.codes.device, torch.float32)
         short = self.blocks * BLOCK - self.in_features
         blocks = (F.pad(wide, (0, short)) if short else wide).unflatten(1, (-1, BLOCK))
-        maxima = blocks.abs().amax(-1)  # (rows, blocks)
-        if self.groups is None:
-            self.maxima[start:stop] = maxima
-        else:
-            first = start * self.blocks // GROUP
+        made["maxima"] = maxima = blocks.abs().amax(-1)  # (rows, blocks)
+        if self.groups is not None:
             quantized, groups = _quantize_maxima(maxima.flatten())
-            self.groups[first : first + groups.shape[0]] = groups
-            self.maxima[start:stop] = quantized.view(maxima.shape)
+            made["groups"] = groups
+            made["maxima"] = quantized.view(maxima.shape)
             # Codes are chosen for the maxima that will be read back, not for those that were.
             maxima = _dequantize_maxima(quantized, groups).view(maxima.shape)
         scaled = blocks / torch.where(maxima > 0, maxima, 1.0)[..., None]
         values = torch.tensor(CODEBOOK, device=scaled.device)
         codes = torch.bucketize(scaled, (values[1:] + values[:-1]) / 2).to(torch.uint8).flatten(1)
-        self.codes[start:stop] = codes[:, ::2] | codes[:, 1::2] << 4
+        made["codes"] = codes[:, ::2] | codes[:, 1::2] << 4
+        return made
 
     @torch.no_grad()
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -101,6 +124,10 @@ class NF4Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (T, in) -> (T, out)."""
         return frozen_linear(x, self.dequantized, self.bias)
+
+
+def _all(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    return tensor.detach(), (0, 0)
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -130,8 +157,10 @@ def _dequantize_maxima(codes: torch.Tensor, groups: torch.Tensor) -> torch.Tenso
 def _look_up(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Both values of every byte, (bytes * 2,)."""
     table = _pairs(codes.device, dtype)
-    if codes.device.type == "cpu":  # numpy takes by bytes twenty times as fast
-        return torch.from_numpy(table.numpy().take(codes.flatten().numpy())).view(dtype)
+    if (
+        codes.device.type == "cpu"
+    ):  # numpy takes by bytes twenty times as fast; of a copy, since fsdp frees what it has gathered
+        return torch.from_numpy(table.numpy().take(codes.flatten().clone().numpy())).view(dtype)
     return table.index_select(0, codes.flatten().int()).view(dtype)
 
 

@@ -7,7 +7,6 @@ the packed matrices of a GPTQ or AWQ checkpoint, which stay as they are.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -23,27 +22,19 @@ from qwenkit.linear.swap import Swap, swap_linears
 from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen
 from qwenkit.train.config import TrainConfig
+from qwenkit.train.targets import EMBEDDING, HEAD, choose_linears, freeze_names, is_router, meeting, spelled
 from qwenkit.weights.adapter import Adapter, read_whole_adapter
 from qwenkit.weights.adapter_saving import AdapterSettings, save_adapter
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.export import SCORE, dtype_change, reward_changes
-from qwenkit.weights.load import empty_model, load_model
+from qwenkit.weights.load import empty_and_stored, empty_model, load_model
 from qwenkit.weights.pack import packer
 from qwenkit.weights.reward import WithoutScore
 from qwenkit.weights.saving import Form, Outgoing, copy_tokenizer, fused_as_qwen1, into_folder, parse_size, write_model
+from qwenkit.weights.stored import StoredTensor
 
 ADAPTERS = ("lora", "qlora")
-HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Names that users of the original Qwen-1 know.
-_QWEN1_TARGETS = {
-    "c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "c_proj": ("self_attn.o_proj", "mlp.down_proj"),
-    "w1": ("mlp.up_proj",),
-    "w2": ("mlp.gate_proj",),
-    "wte": (EMBEDDING,),
-    "ln_f": ("model.norm",),
-}
 
 
 def compute_dtype(config: TrainConfig, device: torch.device | str) -> torch.dtype:
@@ -62,27 +53,63 @@ def prepare_model(
     The same seed gives the same adapter on every rank. Raises ValueError naming the field where a method, a target or an
     adapter does not fit the model.
     """
-    packed = {stored.name for stored in checkpoint.tensors() if stored.dtype.startswith("CODES")}
+    return _prepared(config, checkpoint, device, None, progress)
+
+
+def outline_model(
+    config: TrainConfig, checkpoint: Checkpoint, device: torch.device | str
+) -> tuple[Qwen, dict[str, StoredTensor]]:
+    """The same with a base that has no memory (on the meta device), and what the checkpoint has for it: `fill_slices` reads it.
+
+    New parameters, of an adapter or a score, have their values already, on `device`. Not for GPTQ and AWQ: see `can_outline`.
+    """
+    stored: dict[str, StoredTensor] = {}
+    return _prepared(config, checkpoint, device, stored, False), stored
+
+
+def can_outline(checkpoint: Checkpoint) -> bool:
+    """Whether parts of a model can be read: packed matrices know their form only when they were read whole."""
+    return not _packed(checkpoint)
+
+
+def _packed(checkpoint: Checkpoint) -> set[str]:
+    return {stored.name for stored in checkpoint.tensors() if stored.dtype.startswith("CODES")}
+
+
+def _prepared(
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+    outlined: dict[str, StoredTensor] | None,
+    progress: bool,
+) -> Qwen:
+    """`outlined`, where it is given, gets what the checkpoint has for a base that stays without memory."""
+    packed = _packed(checkpoint)
     if packed and config.method not in ADAPTERS:
         raise ValueError(
             f"method is {config.method!r}, but {checkpoint.path} is quantized by GPTQ or AWQ, whose matrices cannot be trained; "
             "allowed are lora and qlora, or the 16-bit model that it was made from"
         )
     body = WithoutScore(checkpoint) if config.stage == "rm" else checkpoint
-    model = load_model(
-        body,
-        dtype=compute_dtype(config, device),
-        device=device,
-        swaps=_base_swaps(config, packed),
-        progress=progress,
-    )
+    dtype, swaps = compute_dtype(config, device), _base_swaps(config, packed)
+    if outlined is None:
+        model = load_model(body, dtype=dtype, device=device, swaps=swaps, progress=progress)
+    else:
+        model, stored = empty_and_stored(body, dtype)
+        outlined |= stored
+        for swap in swaps:
+            swap_linears(model, swap)
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(config.seed)
         if isinstance(body, WithoutScore):
-            _add_score(model, body)
+            _add_score(model, body, device)
         if config.method in ADAPTERS:
-            _adapt(model, config, checkpoint)
+            given = _adapt(model, config, checkpoint, device)
+            if outlined is not None and given is not None:
+                outlined |= {
+                    name: _as_stored(name, value) for name, value in given.parameters.items() if name in outlined
+                }
         elif config.adapter is not None:
             raise ValueError(
                 f"adapter is {config.adapter!r}, but method is {config.method!r}; allowed are lora and qlora"
@@ -123,16 +150,11 @@ def _base_swaps(config: TrainConfig, packed: set[str]) -> list[Swap]:
             return None
         if f"{name}.weight" in packed:
             return PackedBase(module, packer(16))
-        if config.method != "qlora" or packed or name == HEAD or _is_router(name):
+        if config.method != "qlora" or packed or name == HEAD or is_router(name):
             return None
         return NF4Linear(module, double_quantization=config.double_quantization)
 
     return [make] if packed or config.method == "qlora" else []
-
-
-def _is_router(name: str) -> bool:
-    """Of a mixture of experts; choosing experts is not what adapters or four bits are for."""
-    return name.endswith((".gate", "shared_expert_gate"))
 
 
 def _train_only(model: nn.Module, names: Iterable[str]) -> None:
@@ -143,59 +165,14 @@ def _train_only(model: nn.Module, names: Iterable[str]) -> None:
             parameter.requires_grad_(True)
 
 
-def freeze_names(model: Qwen, config: TrainConfig) -> list[str]:
-    """Names of the parameters that method freeze trains: those that a pattern of `freeze_trainable` meets, else the last
-    `freeze_trainable_layers` layers (negative: the first), as LLaMA-Factory counts them."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    if config.freeze_trainable:
-        return sorted(
-            {name for pattern in config.freeze_trainable for name in _meeting(pattern, names, "freeze_trainable")}
-        )
-    count, layers = config.freeze_trainable_layers, model.config.num_hidden_layers
-    if count == 0 or abs(count) > layers:
-        raise ValueError(f"freeze_trainable_layers is {count}, allowed are 1 to {layers}, or -1 to -{layers}")
-    chosen = range(layers - count, layers) if count > 0 else range(-count)
-    prefixes = tuple(f"model.layers.{layer}." for layer in chosen)
-    score = [SCORE] if config.stage == "rm" else []
-    return [name for name in names if name.startswith(prefixes)] + score
+def _as_stored(name: str, value: torch.Tensor) -> StoredTensor:
+    return StoredTensor(name, tuple(value.shape), "F32", lambda start, stop: value[start:stop])
 
 
-def _meeting(pattern: str, names: Iterable[str], field: str) -> list[str]:
-    """Names that a pattern means: whole, their end or middle between dots, or with * and ? as in file names."""
-    names = list(names)
-    if any(sign in pattern for sign in "*?["):
-        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    else:
-        found = [name for name in names if f".{pattern}." in f".{name}."]
-    if not found:
-        leaves = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-        raise ValueError(
-            f"{field} has {pattern!r}, which meets nothing in this model; its names are made of {', '.join(leaves)}"
-        )
-    return found
-
-
-def _spelled(patterns: Iterable[str], model: Qwen) -> list[str]:
-    """Qwen-1's names for Linears as ours; all other patterns as they are."""
-    known = _QWEN1_TARGETS if model.config.model_type == "qwen" else {}
-    return [name for pattern in patterns for name in known.get(pattern, (pattern,))]
-
-
-def choose_linears(model: Qwen, targets: Iterable[str]) -> list[str]:
-    """Names of the Linears that get an adapter. `all` is every one but head, score and routers of experts."""
-    known = linears(model)
-    found: set[str] = set()
-    for target in _spelled(targets, model):
-        if target == "all":
-            found |= {name for name in known if name not in (HEAD, "score") and not _is_router(name)}
-            continue
-        if target in ("embed_tokens", EMBEDDING):
-            raise ValueError("lora_target has embed_tokens, which is no Linear; train it whole by modules_to_save")
-        found |= set(_meeting(target, known, "lora_target"))
-    return [name for name in known if name in found]
-
-
-def _adapt(model: Qwen, config: TrainConfig, checkpoint: Checkpoint | None) -> None:
+def _adapt(
+    model: Qwen, config: TrainConfig, checkpoint: Checkpoint | None, device: torch.device | str | None = None
+) -> Adapter | None:
+    """Put adapters in place, on `device` (None: where the base is). Returns the one that is gone on with, if any."""
     given = _given_adapter(model, config, checkpoint)
     model.requires_grad_(False)
     if given is None:
@@ -205,20 +182,21 @@ def _adapt(model: Qwen, config: TrainConfig, checkpoint: Checkpoint | None) -> N
                 raise ValueError(
                     f"lora_rank is {config.lora_rank}, allowed are 1 to {min(features(linear))} for {name}"
                 )
-            put(model, name, _lora(linear, config, config.lora_rank, config.alpha, config.use_dora, config.use_rslora))
+            rank, alpha = config.lora_rank, config.alpha
+            put(model, name, _lora(linear, config, rank, alpha, config.use_dora, config.use_rslora, device))
     else:
         for name, update in given.updates.items():
             rank, dora = update.a.shape[0], update.magnitude is not None
-            lora = _lora(model.get_submodule(name), config, rank, update.scaling * rank, dora, False)
+            lora = _lora(model.get_submodule(name), config, rank, update.scaling * rank, dora, False, device)
             _copy_update(lora, update)
             put(model, name, lora)
     whole: list[str] = []
     if given is not None:
-        saved = _spelled(given.settings.get("modules_to_save") or (), model)
+        saved = spelled(given.settings.get("modules_to_save") or (), model)
         whole = [name for name in given.parameters if any(f".{module}." in f".{name}." for module in saved)]
     modules = [name for name, module in model.named_modules() if list(module.parameters(recurse=False))]
-    for pattern in _spelled(config.modules_to_save, model):
-        for module in _meeting(pattern, modules, "modules_to_save"):
+    for pattern in spelled(config.modules_to_save, model):
+        for module in meeting(pattern, modules, "modules_to_save"):
             own = model.get_submodule(module).named_parameters()
             whole += [f"{module}.{name}".replace(".base.", ".") for name, _ in own]
     if config.stage == "rm":
@@ -244,6 +222,7 @@ def _adapt(model: Qwen, config: TrainConfig, checkpoint: Checkpoint | None) -> N
         adapted = isinstance(_owner(model, name), LoRALinear)
         if name.endswith(".bias") and (bias == "all" or (bias == "lora_only" and adapted)):
             parameter.requires_grad_(True)
+    return given
 
 
 def _is_weight(name: str) -> bool:
@@ -254,8 +233,10 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _lora(linear: nn.Module, config: TrainConfig, rank: int, alpha: float, dora: bool, rslora: bool) -> LoRALinear:
-    return LoRALinear(linear, rank, alpha, dropout=config.lora_dropout, rslora=rslora, dora=dora)
+def _lora(
+    linear: nn.Module, config: TrainConfig, rank: int, alpha: float, dora: bool, rslora: bool, device: Any
+) -> LoRALinear:
+    return LoRALinear(linear, rank, alpha, dropout=config.lora_dropout, rslora=rslora, dora=dora, device=device)
 
 
 @torch.no_grad()
@@ -287,10 +268,10 @@ def _same_if_tied(given: Adapter) -> bool:
     return not found or (len(found) == 2 and torch.equal(*found))
 
 
-def _add_score(model: Qwen, checkpoint: WithoutScore) -> None:
+def _add_score(model: Qwen, checkpoint: WithoutScore, device: torch.device | str) -> None:
     """The scalar head of a reward model, with the checkpoint's values where it has one."""
-    weight = model.model.norm.weight
-    score = nn.Linear(model.config.hidden_size, 1, bias=False, device=weight.device, dtype=weight.dtype)
+    dtype = model.model.norm.weight.dtype
+    score = nn.Linear(model.config.hidden_size, 1, bias=False, device=device, dtype=dtype)
     stored = checkpoint.score()
     with torch.no_grad():
         if stored is None:

@@ -34,8 +34,16 @@ from qwenkit.train.log import (
     peak_flops,
 )
 from qwenkit.train.loop import Trainer
-from qwenkit.train.methods import ADAPTERS, compute_dtype, prepare_model, save_trained, trainable_parameters
-from qwenkit.train.parallel import World, reshard, wrap
+from qwenkit.train.methods import (
+    ADAPTERS,
+    can_outline,
+    compute_dtype,
+    outline_model,
+    prepare_model,
+    save_trained,
+    trainable_parameters,
+)
+from qwenkit.train.parallel import World, fill_slices, reshard, wrap
 from qwenkit.train.parts import NextTokens, Objective, Outcome, Parts
 from qwenkit.train.plots import FILES, plot_losses
 from qwenkit.train.preference import STAGES, make_reference, objective
@@ -83,7 +91,16 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
         for split in (("train", "eval") if config.has_eval else ("train",))
     }
     say(str(data["train"].report))
-    model = prepare_model(config, checkpoint, world.device, progress=bar)
+    shared = world.shard > 1 or world.tensor > 1
+    sliced = shared and can_outline(checkpoint)
+    if sliced:
+        model, stored = outline_model(config, checkpoint, world.device)
+    else:
+        if shared:
+            say(
+                "each process reads the whole model and then keeps its share: matrices of GPTQ and AWQ are read whole only"
+            )
+        model = prepare_model(config, checkpoint, world.device, progress=bar)
     dtype = compute_dtype(config, world.device)
     if dtype == torch.float16 and model.config.model_type.startswith("qwen"):
         say(
@@ -97,6 +114,8 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
         for block in model.model.layers:
             block.compile()
     model = wrap(model, config, world)
+    if sliced:
+        fill_slices(model, stored, world.device, new_adapter=config.adapter is None, progress=bar)
     trained, every = count_parameters(model)
     say(
         f"{config.stage}, {config.method}: {trained:,} of {every:,} parameters are trained, "

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from qwenkit.linear.frozen import Place
 from qwenkit.linear.swap import Swap, swap_linears
 from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen
@@ -58,6 +59,28 @@ def load_model(
     with torch.no_grad():
         _fill(model, wanted, allocated, stored, progress)
     return model
+
+
+def fill_parts(model: nn.Module, stored: Mapping[str, StoredTensor], place: Place, *, progress: bool = False) -> None:
+    """Fill a model of which this process holds only parts, and read only those: `place` says of each parameter what they are.
+
+    `stored` is `empty_and_stored`'s. A Linear that another keeps inside as its `base` has the outer one's name there; one
+    without a weight has a `fill_part(kind, stored, place)`. What the checkpoint has nothing for stays as it is.
+    """
+    filled: set[int] = set()
+    with torch.no_grad():
+        for name, tensor in tqdm(stored.items(), desc="loading", unit="tensor", disable=None if progress else True):
+            prefix, _, kind = name.rpartition(".")
+            owner: Any = model.get_submodule(prefix)
+            while hasattr(owner, "base"):
+                owner = owner.base
+            parameter = getattr(owner, kind, None)
+            if parameter is None:
+                owner.fill_part(kind, tensor, place)
+            elif id(parameter) not in filled:  # a tied head is there twice
+                filled.add(id(parameter))
+                part, offset = place(parameter)
+                tensor.copy_part(part, offset)
 
 
 def empty_and_stored(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> tuple[Qwen, dict[str, StoredTensor]]:

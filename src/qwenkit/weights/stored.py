@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class StoredTensor:
 
     `dtype` is the file's word for it ("BF16", "Q4_1"). `read(start, stop)` gives those rows of the first dimension,
     (stop - start, *shape[1:]); blocks of a quantized type come dequantized to fp32. `read_raw`, only where the type is
-    quantized, gives the same rows as they lie in the file: uint8, the last dimension in bytes.
+    quantized, gives the same rows as they lie in the file: uint8, the last dimension in bytes. `read_box(start, stop, left,
+    right)`, only of plain matrices, reads some columns of those rows and nothing else.
     """
 
     name: str
@@ -51,6 +53,7 @@ class StoredTensor:
     dtype: str
     read: Callable[[int, int], torch.Tensor]
     read_raw: Callable[[int, int], Bytes] | None = None
+    read_box: Callable[[int, int, int, int], torch.Tensor] | None = None
 
     def load(self) -> torch.Tensor:
         """The whole tensor, in memory of its own. ValueError when the file turns out shorter than its header said."""
@@ -63,13 +66,29 @@ class StoredTensor:
     def copy_to(self, out: torch.Tensor) -> None:
         """Fill `out` (same shape, any dtype and device) a few rows at a time."""
         assert out.shape == self.shape
+        self.copy_part(out, (0,) * len(self.shape))
+
+    def copy_part(self, out: torch.Tensor, offset: tuple[int, ...]) -> None:
+        """Fill `out` (any dtype and device) with the part of its shape that begins at `offset`, a few rows at a time.
+
+        Only rows of that part are read; of a matrix's columns only those of the part, where `read_box` can.
+        """
         if not self.shape:
             out.copy_(self.load())
             return
+        ends = (begin + size for begin, size in zip(offset, out.shape, strict=True))
+        cut = [slice(begin, end) for begin, end in zip(offset, ends, strict=True)]
+        cut[0] = slice(None)
         rows = max(1, _CHUNK_ELEMENTS // max(1, math.prod(self.shape[1:])))
-        for start in range(0, self.shape[0], rows):
-            stop = min(start + rows, self.shape[0])
-            out[start:stop].copy_(self.read(start, stop))
+        for start in range(0, out.shape[0], rows):
+            stop = min(start + rows, out.shape[0])
+            low, high = offset[0] + start, offset[0] + stop
+            if out.shape[1:] == self.shape[1:]:
+                out[start:stop].copy_(self.read(low, high))
+            elif self.read_box is not None:
+                out[start:stop].copy_(self.read_box(low, high, cut[1].start, cut[1].stop))
+            else:
+                out[start:stop].copy_(self.read(low, high)[tuple(cut)])
 
     @property
     def is_integer(self) -> bool:
@@ -87,7 +106,22 @@ def plain_tensor(path: Path, name: str, shape: tuple[int, ...], dtype: str, offs
         data = read_bytes(path, offset + start * row_bytes, (stop - start) * row_bytes)
         return torch.from_numpy(data).view(DTYPES[dtype]).reshape(rows_shape)
 
-    return StoredTensor(name, shape, dtype, read)
+    def read_box(start: int, stop: int, left: int, right: int) -> torch.Tensor:
+        item = DTYPES[dtype].itemsize
+        first = offset + start * row_bytes + left * item
+        data = read_lines(path, first, (right - left) * item, row_bytes, stop - start)
+        return torch.from_numpy(data).view(DTYPES[dtype]).reshape(stop - start, right - left)
+
+    return StoredTensor(name, shape, dtype, read, read_box=read_box if len(shape) == 2 else None)
+
+
+def read_lines(path: Path, offset: int, length: int, stride: int, count: int) -> Bytes:
+    """`count` pieces of `length` bytes, whose beginnings lie `stride` apart from `offset` on, one after the other."""
+    data = np.empty(count * length, dtype=np.uint8)
+    with path.open("rb", buffering=0) as file:
+        for line in range(count):
+            _read_into(path, file, offset + line * stride, data.data[line * length : (line + 1) * length])
+    return data
 
 
 def read_bytes(path: Path, offset: int, count: int) -> Bytes:
@@ -98,14 +132,18 @@ def read_bytes(path: Path, offset: int, count: int) -> Bytes:
     """
     data = np.empty(count, dtype=np.uint8)
     with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        done = 0
-        while done < count:
-            got = file.readinto(data.data[done:])
-            if not got:
-                raise ValueError(f"{path} is truncated: {count} bytes expected at offset {offset}, found {done}")
-            done += got
+        _read_into(path, file, offset, data.data)
     return data
+
+
+def _read_into(path: Path, file: FileIO, offset: int, into: memoryview) -> None:
+    file.seek(offset)
+    done = 0
+    while done < len(into):
+        got = file.readinto(into[done:])
+        if not got:
+            raise ValueError(f"{path} is truncated: {len(into)} bytes expected at offset {offset}, found {done}")
+        done += got
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Laying a model over processes, and what must happen to gradients between a backward pass and the optimizer.
 
-In: a finished model, trainable parts marked, on each process whole. Out: the same object. Replicated parameters (ddp) keep their
-tensors and sum gradients once a step; sharded ones (fsdp2, hsdp) become DTensors, gathered block by block when they are used
-(PyTorch FSDP, arXiv 2304.11277). Gradients are sums over processes: the loss is divided by the targets of all of them.
+In: a finished model, trainable parts marked, on each process whole, or without memory yet (`fill_slices` then fills it). Out: the
+same object. Replicated parameters (ddp) keep their tensors and sum gradients once a step; sharded ones (fsdp2, hsdp) become
+DTensors, gathered block by block when they are used (PyTorch FSDP, arXiv 2304.11277). Gradients are sums over processes: the
+loss is divided by the targets of all of them.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _same_start(model: nn.Module, world: World) -> None:
     group = world.mesh["replicate"].get_group()
     first = dist.get_global_rank(group, 0)
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not parameter.is_meta:  # what is still to be read is the checkpoint's
             dist.broadcast(local(parameter.detach()), first, group=group)
 
 

@@ -76,7 +76,7 @@ def load_sharded(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
                 f"{folder}: {name} has shape {list(stored.shapes[name])}, but {list(tensor.shape)} is needed"
             )
         part = local(tensor).detach()
-        stored.read(name, part, _place(tensor))
+        stored.read(name, part, begin_of(tensor))
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _pieces(file: Path) -> Iterator[tuple[str, _Piece]]:
             yield name, _Piece(file, tuple(offsets[name]["saved_offsets"]), tuple(opened.get_slice(name).get_shape()))
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, ...]:
+def begin_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """Where this process's part of a tensor begins."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim()
@@ -174,7 +174,7 @@ def _offset(tensor: torch.Tensor, place: int, world: World) -> list[int] | None:
     for name, position in zip(world.mesh.mesh_dim_names, coordinate, strict=True):
         if name not in cuts and position:
             return None
-    return list(_place(tensor))
+    return list(begin_of(tensor))
 
 
 def _count(shape: tuple[int, ...]) -> int:
