@@ -80,7 +80,7 @@ def test_the_training_file_of_the_document(tmp_path: Path) -> None:
     assert config.model == "models/qwen2"
     assert (config.stage, config.method, config.lora_target) == ("sft", "lora", ("all",))
     assert (config.lora_rank, config.alpha) == (8, 16)
-    assert (config.dataset_dir, config.dataset, config.template) == ("data/", ("my_identity",), "default")
+    assert (config.dataset_dir, config.dataset, config.template) == ("data/", ("my_identity",), "qwen")
     assert (config.cutoff_len, config.max_samples, config.overwrite_cache) == (1024, 1000, True)
     assert (config.preprocessing_num_workers, config.output_dir) == (16, "saves/qwen-7b")
     assert (config.logging_steps, config.save_steps, config.plot_loss) == (10, 500, True)
@@ -296,3 +296,13 @@ def test_flags_are_read_back(settings: dict[str, Any]) -> None:
 def test_yaml_written_from_a_translation_says_the_same() -> None:
     config = as_config(translate(yaml.safe_load(FINETUNE_YAML)))
     assert TrainConfig.from_settings(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("default", "default"), (None, "default"), ("qwen2", "qwen"), ("qwen3", "chatml"), ("own.jinja", "own.jinja")],
+)
+def test_templates(theirs: str | None, ours: str) -> None:
+    translation = translate({"model_name_or_path": "m", "template": theirs})
+    assert as_config(translation).template == ours
+    assert any("keeps its own" in note for note in translation.notes) is (theirs in ("qwen2", "qwen3"))

@@ -9,7 +9,9 @@ from click.testing import CliRunner, Result
 
 from qwenkit.cli.main import cli
 from qwenkit.cli.train import read_config
-from tests.tiny_models import write_model
+from qwenkit.text.chatml import NAMED
+from qwenkit.weights.checkpoint import open_checkpoint
+from tests.tiny_models import CHAT_TEMPLATE, IM_END, write_model
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +161,50 @@ def test_help_lists_every_setting() -> None:
     assert result.exit_code == 0
     for name in ("--learning-rate", "--use-dora", "--nproc", "--check"):
         assert name in result.output
+
+
+@pytest.mark.parametrize(
+    ("template", "begin"),
+    [("qwen", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"), ("chatml", "")],
+)
+def test_a_base_model_learns_the_template_that_is_named(
+    settings: list[str], tmp_path: Path, template: str, begin: str
+) -> None:
+    """A LLaMA-Factory file with `template: qwen` and a model without one: what is trained, saved and exported speaks it."""
+    base = write_model(tmp_path / "base")
+    (base / "tokenizer_config.json").write_text("{}")
+    (base / "generation_config.json").write_text("{}")
+    refused = invoke(*settings, f"model={base}")
+    assert refused.exit_code == 2
+    assert "template is missing: the model has none; allowed are qwen, chatml and .jinja files" in refused.output
+    words = [f"model_name_or_path={base}", "finetuning_type=lora", f"template={template}", *settings[1:]]
+    result = invoke(*words)
+    assert result.exit_code == 0, result.output
+    exported = tmp_path / "exported"
+    arguments = ["export", "--model", str(base), "--adapter", str(tmp_path / "out"), "--output", str(exported)]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    for folder in (base, exported):
+        assert (open_checkpoint(folder).chat() is None) is (folder is base)
+    checkpoint = open_checkpoint(exported)
+    chat = checkpoint.chat()
+    assert chat is not None
+    rendered = checkpoint.tokenizer().decode(chat.render([{"role": "user", "content": "hi"}]).ids, skip_special=False)
+    assert rendered == f"{begin}<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert checkpoint.eos_token_ids[0] == IM_END
+
+
+def test_a_model_keeps_the_template_that_it_has(model: Path, settings: list[str], tmp_path: Path) -> None:
+    assert invoke(*settings, "template=chatml").exit_code == 0
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == CHAT_TEMPLATE
+
+
+def test_a_template_of_ones_own(settings: list[str], tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(NAMED["qwen"])
+    assert invoke(*settings, f"template={own}", "method=full").exit_code == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == own.read_text()
+    assert open_checkpoint(tmp_path / "out").chat() is not None
+    result = invoke(*settings, "template=none.jinja", "overwrite_output_dir=true")
+    assert result.exit_code == 2
+    assert "template: there is no file 'none.jinja'" in result.output

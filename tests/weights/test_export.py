@@ -24,6 +24,7 @@ from qwenkit.weights.checkpoint import open_checkpoint
 from qwenkit.weights.export import export_model
 from qwenkit.weights.load import load_model
 from qwenkit.weights.saving import Form, new_folder, parse_size
+from qwenkit.weights.templated import Templated
 from tests.tiny_models import write_model
 from tests.weights.test_gptq_awq import quantized_folder
 
@@ -138,7 +139,7 @@ def logits_state(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_dtype_and_the_rest_of_the_folder(tmp_path: Path) -> None:
     base, output = write_model(tmp_path / "base"), tmp_path / "out"
-    export_model(open_checkpoint(base), output, dtype="bfloat16", chat_template="{{ messages[0].content }}")
+    export_model(Templated(open_checkpoint(base), "{{ messages[0].content }}"), output, dtype="bfloat16")
     assert {tensor.dtype for tensor in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
     assert from_transformers(output).dtype == torch.bfloat16
     generation = json.loads((output / "generation_config.json").read_text())

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qwenkit.cli.options import nearest
+
+if TYPE_CHECKING:
+    from qwenkit.weights.checkpoint import Checkpoint
 
 # Keys of LLaMA-Factory's export files by the flag that they are; None: it changes nothing here.
 _KEYS = {
@@ -105,18 +108,20 @@ def _export(settings: Mapping[str, Any], *, dequantize: bool, overwrite: bool) -
     from qwenkit.weights.checkpoint import open_checkpoint
     from qwenkit.weights.export import export_model
     from qwenkit.weights.saving import Form, parse_size
+    from qwenkit.weights.templated import with_template
 
     form = Form(parse_size("shard_size", settings.get("shard_size", "5GB")), bool(settings.get("legacy")))
     output = Path(settings["output"]).expanduser()
+    adapters = [Path(name).expanduser() for name in settings.get("adapter", ())]
     checkpoint = open_checkpoint(find_model(settings["model"]))
+    checkpoint = with_template(checkpoint, _template(settings, adapters, checkpoint))
     dtype = settings.get("dtype")
     export_model(
         checkpoint,
         output,
-        adapters=[Path(name).expanduser() for name in settings.get("adapter", ())],
+        adapters=adapters,
         dtype=None if dtype == "auto" else dtype,
         form=form,
-        chat_template=_template(str(settings.get("template", "default")), checkpoint.chat() is not None),
         dequantize=dequantize,
         overwrite=overwrite,
         device=_device(str(settings.get("device", "cpu"))),
@@ -125,21 +130,13 @@ def _export(settings: Mapping[str, Any], *, dequantize: bool, overwrite: bool) -
     return output
 
 
-def _template(name: str, has_own: bool) -> str | None:
-    """The template that replaces the model's own, if any: a name says only what a model without one gets."""
-    from qwenkit.text.chatml import NAMED
-
-    if name == "default":
-        return None
-    if name.endswith(".jinja"):
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    if has_own:
-        return None
-    if name not in NAMED:
-        raise ValueError(
-            f"template is {name!r}, and the model has none; allowed are {', '.join(NAMED)} and .jinja files"
-        )
-    return NAMED[name]
+def _template(settings: Mapping[str, Any], adapters: list[Path], checkpoint: Checkpoint) -> str:
+    """The name that was given; else, for a model without a template, the one that an adapter was trained with."""
+    name = str(settings.get("template", "default"))
+    if name != "default" or checkpoint.chat() is not None:
+        return name
+    learned = [path / "chat_template.jinja" for path in adapters if (path / "chat_template.jinja").is_file()]
+    return str(learned[-1]) if learned else name
 
 
 def _device(name: str) -> str:

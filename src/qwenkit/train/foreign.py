@@ -168,11 +168,15 @@ class _Work:
         )
 
     def _template(self, value: Any) -> None:
-        if value is not None and value not in TEMPLATES:
-            raise ValueError(f"template is {value!r}, allowed are {', '.join(TEMPLATES)}: the model's own is used")
-        if value != "default":
-            self.notes.append(f"template {value} is the model's own template, the one that it is served with")
-        self.found["template"] = "default"
+        name = "default" if value is None else str(value)
+        if name not in TEMPLATES and not name.endswith(".jinja"):
+            raise ValueError(f"template is {value!r}, allowed are {', '.join(TEMPLATES)} and a .jinja file")
+        self.found["template"] = TEMPLATES.get(name, name)
+        if name in TEMPLATES and name != "default":
+            self.notes.append(
+                f"template {name}: a model that has a template keeps its own, the one that it is served with; "
+                f"one that has none gets {self.found['template']}"
+            )
 
     def _precision(self, key: str, dtype: str, value: Any) -> None:
         if _is_true(key, value):

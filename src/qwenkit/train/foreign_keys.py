@@ -127,7 +127,15 @@ OPTIMIZERS = {
     "paged_adamw_8bit": "adamw_8bit",
 }
 
-TEMPLATES = ("default", "qwen", "qwen2", "qwen3", "qwen3_nothink", "chatml")
+# LLaMA-Factory's templates, and what a model without one gets for them; a model that has one keeps it.
+TEMPLATES = {
+    "default": "default",
+    "qwen": "qwen",
+    "qwen2": "qwen",
+    "qwen3": "chatml",
+    "qwen3_nothink": "chatml",
+    "chatml": "chatml",
+}
 
 QWEN1_TARGETS = {
     "c_attn": ("q_proj", "k_proj", "v_proj"),

@@ -17,6 +17,7 @@ from qwenkit.hub.find import find_model
 from qwenkit.model.context import pack
 from qwenkit.model.qwen import Qwen
 from qwenkit.text.chat import ChatFormat
+from qwenkit.text.chatml import NAMED
 from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.train.checkpoint import checkpoints, latest_checkpoint, remove_leftovers, write_json
 from qwenkit.train.config import TrainConfig
@@ -50,6 +51,7 @@ from qwenkit.train.preference import STAGES, make_reference, objective
 from qwenkit.train.recompute import recompute_blocks
 from qwenkit.train.reporters import reporters
 from qwenkit.weights.checkpoint import Checkpoint, open_checkpoint
+from qwenkit.weights.templated import with_template
 
 RESULTS = "all_results.json"
 
@@ -57,7 +59,7 @@ RESULTS = "all_results.json"
 def check_data(config: TrainConfig) -> Report:
     """Read all data as training would, and report; nothing is trained."""
     _check_complete(config)
-    checkpoint = open_checkpoint(find_model(config.model))
+    checkpoint = _checkpoint(config)
     return check(config, checkpoint.tokenizer(), checkpoint.chat())
 
 
@@ -84,7 +86,7 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
     if world.is_first:
         find_model(config.model)  # one process downloads
     world.barrier()
-    checkpoint = open_checkpoint(find_model(config.model))
+    checkpoint = _checkpoint(config)
     tokenizer, chat = checkpoint.tokenizer(), checkpoint.chat()
     data = {
         split: DataStream(config, tokenizer, chat, rank=world.data_rank, world_size=world.data_world_size, split=split)
@@ -158,6 +160,17 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
         _results(config, folder, outcome, trainer, time.monotonic() - begun)
         say(f"{'stopped early' if outcome.reason == 'early' else 'done'}: {folder}, {clock(time.monotonic() - begun)}")
     return outcome
+
+
+def _checkpoint(config: TrainConfig) -> Checkpoint:
+    checkpoint = open_checkpoint(find_model(config.model))
+    if config.stage == "pt":
+        return checkpoint
+    if config.template == "default" and config.labels == "chat" and checkpoint.chat() is None:
+        raise ValueError(
+            f"template is missing: the model has none; allowed are {', '.join(sorted(NAMED, reverse=True))} and .jinja files"
+        )
+    return with_template(checkpoint, config.template)
 
 
 def _check_complete(config: TrainConfig) -> None:

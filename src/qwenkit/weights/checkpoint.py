@@ -48,6 +48,9 @@ class Checkpoint(Protocol):
     def tokenizer(self) -> Tokenizer:
         """Read once, then the same one. ValueError or FileNotFoundError when there is none that can be read."""
 
+    def named_tokens(self) -> dict[str, str]:
+        """What a template may call bos_token, eos_token, …"""
+
     def chat(self) -> ChatFormat | None:
         """How conversations are written for this model; None for one that has no such form."""
 
@@ -131,7 +134,7 @@ class FolderCheckpoint:
         """
         template = self._template()
         if template is not None:
-            return JinjaChat(self.tokenizer(), template, variables=self._named_tokens())
+            return JinjaChat(self.tokenizer(), template, variables=self.named_tokens())
         if not self._is_qwen1_chat:
             return None
         window = self.generation_config.get("max_window_size", QWEN1_WINDOW)
@@ -142,8 +145,7 @@ class FolderCheckpoint:
             )
         return Qwen1Chat(self.tokenizer(), max_window_size=window)
 
-    def _named_tokens(self) -> dict[str, str]:
-        """What a template may call bos_token, eos_token, …"""
+    def named_tokens(self) -> dict[str, str]:
         named = {key: _content(value) for key, value in self._tokenizer_config.items() if key.endswith("_token")}
         return {key: value for key, value in named.items() if isinstance(value, str)}
 

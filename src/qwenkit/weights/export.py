@@ -30,7 +30,6 @@ def export_model(
     adapters: Sequence[Path] = (),
     dtype: str | None = None,
     form: Form | None = None,
-    chat_template: str | None = None,
     dequantize: bool = False,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
@@ -87,7 +86,7 @@ def export_model(
         changes["quantization_config"] = None
     tensors = [outgoing(name) for name in wanted]
     with new_folder(folder, overwrite=overwrite) as beside:
-        write_model(beside, tensors, checkpoint, changes, form, chat_template=chat_template, progress=progress)
+        write_model(beside, tensors, checkpoint, changes, form, progress=progress)
 
 
 def merged(

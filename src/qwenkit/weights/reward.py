@@ -38,5 +38,8 @@ class WithoutScore:
     def tokenizer(self) -> Tokenizer:
         return self._checkpoint.tokenizer()
 
+    def named_tokens(self) -> dict[str, str]:
+        return self._checkpoint.named_tokens()
+
     def chat(self) -> ChatFormat | None:
         return self._checkpoint.chat()

@@ -25,6 +25,7 @@ from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.gguf_model import GgufCheckpoint
 from qwenkit.weights.gguf_tokenizer import write_tokenizer
 from qwenkit.weights.stored import DTYPES, read_json
+from qwenkit.weights.templated import Templated
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STEMS = {False: ("model", "safetensors"), True: ("pytorch_model", "bin")}
@@ -119,12 +120,11 @@ def write_model(
     changes: Mapping[str, Any],
     form: Form | None = None,
     *,
-    chat_template: str | None = None,
     progress: bool = False,
 ) -> None:
     """Write a whole model into an empty folder.
 
-    `changes` go into config.json; a value of None takes the key out. `chat_template` replaces the checkpoint's own.
+    `changes` go into config.json; a value of None takes the key out.
     """
     config = {**checkpoint.config, **changes}
     config.setdefault("architectures", [ARCHITECTURES[config["model_type"]]])
@@ -134,7 +134,7 @@ def write_model(
     if config["model_type"] == "qwen":
         tensors = fused_as_qwen1(tensors)
     write_weights(folder, tensors, form or Form(), progress=progress)
-    copy_tokenizer(folder, checkpoint, chat_template=chat_template)
+    copy_tokenizer(folder, checkpoint)
     generation = generation_config(checkpoint)
     if generation:
         _write_json(folder / "generation_config.json", generation)
@@ -152,11 +152,15 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return generation
 
 
-def copy_tokenizer(folder: Path, checkpoint: Checkpoint, *, chat_template: str | None = None) -> None:
+def copy_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     """The checkpoint's tokenizer and template as files; those that a GGUF holds are written anew.
 
     A checkpoint without a tokenizer gives none. *.py files travel along where the checkpoint says that it needs them, as data.
     """
+    chat_template = None
+    if isinstance(checkpoint, Templated):
+        chat_template = checkpoint.template
+        checkpoint = checkpoint.inner
     if isinstance(checkpoint, GgufCheckpoint):
         write_tokenizer(folder, checkpoint)
     else:
