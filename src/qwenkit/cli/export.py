@@ -1,13 +1,15 @@
 """`qwenkit export`: adapters merged into a model, written as a folder that loads by itself.
 
 In: flags, or a YAML file with LLaMA-Factory's export keys. Out: the folder's path on stdout, progress on stderr. The work is
-weights/export.py's.
+weights/export.py's and, with --quantize, quant/'s on what was merged.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +17,7 @@ import click
 from qwenkit.cli.options import nearest
 
 if TYPE_CHECKING:
+    from qwenkit.quant.config import QuantConfig
     from qwenkit.weights.checkpoint import Checkpoint
 
 # Keys of LLaMA-Factory's export files by the flag that they are; None: it changes nothing here.
@@ -25,18 +28,22 @@ _KEYS = {
     "export_size": "shard_size",
     "export_device": "device",
     "export_legacy_format": "legacy",
+    "export_quantization_bit": "quantize",
+    "export_quantization_dataset": "data",
+    "export_quantization_nsamples": "samples",
+    "export_quantization_maxlen": "length",
+    "export_quantization_cache": None,
     "template": "template",
     "infer_dtype": "dtype",
     "finetuning_type": None,
     "trust_remote_code": None,
 }
 _REFUSED = {
-    "export_quantization_bit": "quantize the exported folder afterwards with `qwenkit quantize`",
-    "export_quantization_dataset": "quantize the exported folder afterwards with `qwenkit quantize`",
     "export_hub_model_id": "nothing is uploaded; use huggingface_hub's `hf upload` with the exported folder",
     "quantization_bit": "adapters are merged into float weights: leave it out",
 }
 _FORMATS = ("safetensors", "bin")
+_OF_QUANTIZING = ("data", "samples", "length")
 
 
 @click.command(
@@ -44,6 +51,7 @@ _FORMATS = ("safetensors", "bin")
 Examples:
   qwenkit export --model smollm2 --adapter output --output merged
   qwenkit export --model Qwen/Qwen2-7B-Instruct --adapter saves/qwen-7b --output merged --shard-size 4GB --dtype bfloat16
+  qwenkit export --model smollm2 --adapter output --output merged-int4 --quantize 4 --data data/identity.json
   qwenkit export qwen_merge.yaml"""
 )
 @click.argument("file", required=False, type=click.Path(path_type=Path))
@@ -55,6 +63,10 @@ Examples:
 @click.option("--dtype", metavar="TEXT", help="float32, bfloat16 or float16.  [default: the model's own]")
 @click.option("--template", metavar="TEXT", help="default (the model's own), chatml, qwen, or a .jinja file.")
 @click.option("--device", metavar="TEXT", help="Where matrices are merged: auto, cpu, cuda, …  [default: cpu]")
+@click.option("--quantize", type=int, metavar="BITS", help="Quantize what was merged to 4 or 8 bits, by GPTQ.")
+@click.option("--data", metavar="FILE", help="Its calibration, as for `qwenkit quantize`.  [default: a small text]")
+@click.option("--samples", type=int, metavar="N", help="Calibration samples.  [default: 128]")
+@click.option("--length", type=int, metavar="N", help="Tokens of a calibration sample, at most.  [default: 512]")
 @click.option("--dequantize", is_flag=True, help="Write a GPTQ or AWQ model, whose matrices are packed, as floats.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in the output folder.")
 def export(file: Path | None, format_: str | None, dequantize: bool, overwrite: bool, **flags: Any) -> None:
@@ -77,7 +89,8 @@ def _read(path: Path) -> dict[str, Any]:
     from qwenkit.train.config import read_settings
 
     settings: dict[str, Any] = {}
-    own = {"model", "adapter", "output", "shard_size", "format", "dtype", "template", "device"}
+    own = {"model", "adapter", "output", "shard_size", "format", "dtype", "template", "device", "quantize"}
+    own |= set(_OF_QUANTIZING)
     for key, value in read_settings(path).items():
         if key in _REFUSED:
             if value not in (None, False):
@@ -107,27 +120,77 @@ def _export(settings: Mapping[str, Any], *, dequantize: bool, overwrite: bool) -
     from qwenkit.hub.find import find_model
     from qwenkit.weights.checkpoint import open_checkpoint
     from qwenkit.weights.export import export_model
-    from qwenkit.weights.saving import Form, parse_size
+    from qwenkit.weights.saving import Form, new_folder, parse_size
     from qwenkit.weights.templated import with_template
 
     form = Form(parse_size("shard_size", settings.get("shard_size", "5GB")), bool(settings.get("legacy")))
+    quantization = _quantization(settings)
     output = Path(settings["output"]).expanduser()
     adapters = [Path(name).expanduser() for name in settings.get("adapter", ())]
     checkpoint = open_checkpoint(find_model(settings["model"]))
     checkpoint = with_template(checkpoint, _template(settings, adapters, checkpoint))
-    dtype = settings.get("dtype")
-    export_model(
-        checkpoint,
-        output,
-        adapters=adapters,
-        dtype=None if dtype == "auto" else dtype,
-        form=form,
-        dequantize=dequantize,
-        overwrite=overwrite,
-        device=_device(str(settings.get("device", "cpu"))),
-        progress=True,
-    )
+    dtype, device = settings.get("dtype"), _device(str(settings.get("device", "cpu")))
+
+    def merge(folder: Path, overwrite: bool) -> None:
+        export_model(
+            checkpoint,
+            folder,
+            adapters=adapters,
+            dtype=None if dtype == "auto" else dtype,
+            form=form,
+            dequantize=dequantize,
+            overwrite=overwrite,
+            device=device,
+            progress=True,
+        )
+
+    if quantization is None:
+        merge(output, overwrite)
+        return output
+    for path in (checkpoint.path, *adapters):
+        if path.resolve() == output.resolve():
+            raise ValueError(f"output is {str(output)!r}, which is where the model or an adapter lies")
+    with new_folder(output, overwrite=overwrite) as beside, TemporaryDirectory(dir=beside, prefix="work.") as work:
+        merged, packed = Path(work) / "merged", Path(work) / "packed"
+        merge(merged, False)
+        _quantize(merged, packed, quantization, settings.get("data"))
+        for path in packed.iterdir():
+            os.replace(path, beside / path.name)
     return output
+
+
+def _quantization(settings: Mapping[str, Any]) -> QuantConfig | None:
+    """How to quantize, if at all. ValueError for bits, samples or a length that are not allowed, and for .bin files."""
+    from qwenkit.quant.config import QuantConfig
+
+    given = [name for name in _OF_QUANTIZING if settings.get(name) is not None]
+    if settings.get("quantize") is None:
+        if given:
+            raise ValueError(f"{given[0]} is given, but belongs to quantize, which is not")
+        return None
+    if settings.get("legacy"):
+        raise ValueError("format is bin, but what is quantized is written as safetensors only")
+    numbers = {"bits": settings["quantize"]} | {name: settings[name] for name in given if name != "data"}
+    for name, value in numbers.items():
+        if type(value) is not int:
+            raise ValueError(f"{'quantize' if name == 'bits' else name} is {value!r}, allowed is a whole number")
+    data = settings.get("data")
+    if data is not None and not Path(str(data)).expanduser().is_file():
+        raise FileNotFoundError(f"data: there is no file {str(data)!r}")
+    return QuantConfig(**numbers)
+
+
+def _quantize(merged: Path, folder: Path, config: QuantConfig, data: str | None) -> None:
+    from qwenkit import ops
+    from qwenkit.quant.data import calibration_documents
+    from qwenkit.quant.quantize import quantize_model
+    from qwenkit.weights.checkpoint import open_checkpoint
+
+    ops.use()
+    checkpoint = open_checkpoint(merged)
+    path = None if data is None else Path(data).expanduser()
+    documents = calibration_documents(checkpoint, path, samples=config.samples, length=config.length, seed=config.seed)
+    quantize_model(checkpoint, folder, config, documents, progress=True)
 
 
 def _template(settings: Mapping[str, Any], adapters: list[Path], checkpoint: Checkpoint) -> str:
