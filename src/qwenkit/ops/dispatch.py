@@ -1,7 +1,7 @@
 """The op table: for each op the implementation that runs here, chosen once at start by `use`.
 
-An op goes to the native library where it was chosen and can take the tensors (contiguous fp32 on the CPU, no gradient wanted),
-else to the reference. Callers write `ops.rms_norm(...)` and never ask.
+An op goes to the native library where it was chosen and can take the tensors (contiguous fp32 on the CPU), else to the
+reference; where gradients are wanted, to its kernels for training, if it has any. Callers write `ops.rms_norm(...)`, never ask.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 
 from qwenkit.ops import reference
 from qwenkit.ops.cache import KVCache
-from qwenkit.ops.cpu.library import find_library, open_library
+from qwenkit.ops.cpu.library import Library, find_library, open_library
 from qwenkit.ops.cpu.native import NativeOps
 from qwenkit.ops.cpu.program import Executor
+from qwenkit.ops.cpu.training import TrainingOps
 from qwenkit.ops.packed import PackedWeight
 
 IMPLEMENTATIONS = ("auto", "reference", "avx2", "avx512")
@@ -22,6 +23,7 @@ NATIVE = (
     "rms_norm",
     "add_rms_norm",
     "silu_mul",
+    "cross_entropy_",
     "add",
     "rotate",
     "write_cache",
@@ -35,6 +37,7 @@ REFERENCE_ONLY = ("attention", "packed_attention")
 
 class _Table:
     native: NativeOps | None = None
+    training: TrainingOps | None = None
     asked: str | None = None
 
 
@@ -53,6 +56,7 @@ def use(implementation: str | None = None) -> None:
     if implementation != "reference":
         library = open_library(None if implementation == "auto" else implementation)
     _Table.native = None if library is None else NativeOps(Executor(library))
+    _Table.training = None if library is None else _training_ops(library)
     _Table.asked = implementation
 
 
@@ -90,20 +94,39 @@ def _native_for(*tensors: torch.Tensor) -> NativeOps | None:
     return chosen
 
 
+def _training_ops(library: Library) -> TrainingOps | None:
+    try:
+        return TrainingOps(library)
+    except (OSError, AttributeError):  # a torch without OpenMP, or with one of another kind
+        return None
+
+
+def _training_for(*tensors: torch.Tensor) -> TrainingOps | None:
+    chosen = _Table.training
+    if chosen is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    for tensor in tensors:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # sharded, or traced
+            return None
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+    return chosen if any(tensor.requires_grad for tensor in tensors) and tensors[0].numel() else None
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    chosen = _native_for(x, weight)
+    chosen = _native_for(x, weight) or _training_for(x, weight)
     return reference.rms_norm(x, weight, eps) if chosen is None else chosen.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = _native_for(x, y, weight)
+    chosen = _native_for(x, y, weight) or _training_for(x, y, weight)
     return reference.add_rms_norm(x, y, weight, eps) if chosen is None else chosen.add_rms_norm(x, y, weight, eps)
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    chosen = _native_for(gate, up)
+    chosen = _native_for(gate, up) or _training_for(gate, up)
     return reference.silu_mul(gate, up) if chosen is None else chosen.silu_mul(gate, up)
 
 
@@ -113,8 +136,16 @@ def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    chosen = _native_for(x, cos, sin)
+    chosen = _native_for(x, cos, sin) or _training_for(x, cos, sin)
     return reference.rotate(x, cos, sin) if chosen is None else chosen.rotate(x, cos, sin)
+
+
+def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, *, gradient: bool) -> torch.Tensor:
+    chosen = _Table.training
+    plain = type(logits) is torch.Tensor and logits.dtype == torch.float32 and logits.device.type == "cpu"
+    if chosen is None or not plain or not logits.is_contiguous() or torch.compiler.is_compiling():
+        return reference.cross_entropy_(logits, targets, gradient=gradient)
+    return chosen.cross_entropy_(logits, targets, gradient=gradient)
 
 
 def embedding(ids: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

@@ -36,6 +36,21 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, *, gradient: bool) -> torch.Tensor:
+    """-log softmax(logits)[target] of each row: logits (N, V) in fp32 or fp64, targets (N,) int64 -> (N,).
+
+    With `gradient` the logits become the losses' gradient with respect to them, softmax - onehot; else what they are afterwards
+    is not said.
+    """
+    logits -= logits.amax(-1, keepdim=True)
+    wanted = logits.gather(-1, targets[:, None])[:, 0]
+    total = logits.exp_().sum(-1)
+    if gradient:
+        logits /= total[:, None]
+        logits[torch.arange(targets.shape[0], device=targets.device), targets] -= 1
+    return total.log() - wanted
+
+
 def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a + b, the residual connection."""
     return a + b

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qwenkit import ops
 from qwenkit.model.context import Packed
 from qwenkit.model.qwen import Qwen
 from qwenkit.train.batch import IGNORE, TrainBatch
@@ -104,12 +105,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses = torch.empty(targets.shape, dtype=_wide(hidden), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if for_hidden and not ctx.again else None
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if for_weight and summed else None
+        logits = _memory(hidden, weight, targets, chunk)
         for start in range(0, targets.shape[0], chunk):
             rows = slice(start, start + chunk)
-            probabilities, losses[rows] = _softmax(hidden[rows], weight, targets[rows])
-            if grad_hidden is None and grad_weight is None:
+            wants = grad_hidden is not None or grad_weight is not None
+            losses[rows], grad = _cross_entropy_and_gradient(
+                hidden[rows], weight, targets[rows], logits, gradient=wants
+            )
+            if not wants:
                 continue
-            grad = _minus_onehot(probabilities, targets[rows]).to(hidden.dtype)
+            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -135,29 +140,35 @@ def _backward_again(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.
     hidden, weight, targets = ctx.saved_tensors
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=_wide(weight))
+    logits = _memory(hidden, weight, targets, ctx.chunk)
     for start in range(0, targets.shape[0], ctx.chunk):
         rows = slice(start, start + ctx.chunk)
-        probabilities, _ = _softmax(hidden[rows], weight, targets[rows])
-        grad = _minus_onehot(probabilities, targets[rows]).mul_(scale[rows, None]).to(hidden.dtype)
+        _, grad = _cross_entropy_and_gradient(hidden[rows], weight, targets[rows], logits, gradient=True)
+        grad = grad.mul_(scale[rows, None]).to(hidden.dtype)
         torch.mm(grad, weight, out=grad_hidden[rows])
         _add_product(grad_weight, grad, hidden[rows])
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
-def _softmax(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities (n, V) in at least fp32, in the memory of the logits, and the targets' losses (n,)."""
-    logits = F.linear(hidden, weight).to(_wide(hidden))
-    logits -= logits.amax(-1, keepdim=True)
-    wanted = logits.gather(-1, targets[:, None])[:, 0]
-    total = logits.exp_().sum(-1)
-    losses = total.log() - wanted
-    logits /= total[:, None]
-    return logits, losses
+def _memory(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor | None:
+    """Where the logits of one chunk after the other can lie; None where products have another dtype than losses."""
+    rows = min(chunk, targets.shape[0])
+    return hidden.new_empty(rows, weight.shape[0]) if hidden.dtype == weight.dtype == _wide(hidden) else None
 
 
-def _minus_onehot(probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    probabilities[torch.arange(targets.shape[0], device=targets.device), targets] -= 1
-    return probabilities
+def _cross_entropy_and_gradient(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor | None, *, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The targets' losses (n,), and their gradient with respect to the logits (n, V), softmax - onehot, in at least fp32.
+
+    `logits` is memory for them, where hidden has their dtype.
+    """
+    if logits is None:
+        made = F.linear(hidden, weight).to(_wide(hidden))
+    else:
+        made = torch.mm(hidden, weight.t(), out=logits[: targets.shape[0]])
+    losses = ops.cross_entropy_(made, targets, gradient=gradient)
+    return losses, made
 
 
 def _add_product(total: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -> None:

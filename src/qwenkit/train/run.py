@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qwenkit import ops
 from qwenkit.hub.find import find_model
 from qwenkit.model.context import pack
 from qwenkit.model.qwen import Qwen
@@ -70,6 +71,7 @@ def train(config: TrainConfig, *, bar: bool = False, callbacks: Sequence[Callbac
     user can put right.
     """
     _check_complete(config)
+    ops.use()
     world = World.current(config)
     try:
         return _train(config, world, bar and world.is_first, callbacks)
