@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwenkit.linear.frozen import dequantized_weight
+from qwenkit.linear.lora_product import lora_product
 
 _ROWS = 1024  # of a matrix whose lengths are computed at once, so that its fp32 copy is small
 
@@ -133,6 +134,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (T, in) -> (T, out); the update is computed in x's dtype, whatever its own."""
+        if isinstance(self.base, nn.Linear) and self._is_one_product(self.base, x):
+            a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+            return lora_product(x, self.base.weight, self.base.bias, a, b, self.scaling)
         y = self.base(x)
         if self.merged or not self.enabled:
             return y
@@ -147,6 +151,15 @@ class LoRALinear(nn.Module):
             return factor * (y + update.to(y.dtype))
         bias = bias.to(y.dtype)
         return factor * (y - bias + update.to(y.dtype)) + bias
+
+    def _is_one_product(self, base: nn.Linear, x: torch.Tensor) -> bool:
+        if self.merged or not self.enabled or self.lora_magnitude_vector is not None:
+            return False
+        if type(base) is not nn.Linear or (self.dropout and self.training) or x.ndim != 2:
+            return False
+        weight, bias = base.weight, base.bias
+        plain = type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype == x.dtype
+        return plain and (bias is None or bias.dtype == x.dtype) and not torch.is_autocast_enabled(x.device.type)
 
     @torch.no_grad()
     def _lengths(self, dtype: torch.dtype) -> torch.Tensor:
