@@ -159,7 +159,10 @@ class LoRALinear(nn.Module):
             return False
         weight, bias = base.weight, base.bias
         plain = type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype == x.dtype
-        return plain and (bias is None or bias.dtype == x.dtype) and not torch.is_autocast_enabled(x.device.type)
+        alike = plain and (bias is None or bias.dtype == x.dtype)
+        return alike and (
+            x.is_meta or not torch.is_autocast_enabled(x.device.type)
+        )  # meta, where plans are made, knows none
 
     @torch.no_grad()
     def _lengths(self, dtype: torch.dtype) -> torch.Tensor:
