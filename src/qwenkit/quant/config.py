@@ -37,10 +37,13 @@ class QuantConfig:
     desc_act: bool = _option(False, "quantize inputs by importance, groups mixed: slow in most kernels")
     static_groups: bool = _option(False, "scales fixed before the first rounding; with desc-act groups stay in order")
     group_aware: bool = _option(True, "quantize inputs by importance, groups kept whole: costs nothing later")
-    mse: float = _option(0.0, "choose scales by the sum of |error|^mse instead of the range; 2.4 is usual, 0 is off")
+    mse: float = _option(
+        2.0, "choose scales by the sum of |error|^mse, inputs that matter weighing more; 0 takes the range, as rtn does"
+    )
+    refine: int = _option(2, "rounds in which scales are fitted to codes, and codes chosen again; 0 is off")
     gptaq: bool = _option(False, "GPTAQ: also make up for what earlier layers lost (takes up to twice the time)")
     alpha: float = _option(0.25, "share of that loss which GPTAQ makes up for, 0 to 1")
-    damp: float = _option(0.01, "added to the Hessian's diagonal, as a share of its mean; grows where it must")
+    damp: float = _option(0.05, "added to the Hessian's diagonal, as a share of its mean; grows where it must")
     samples: int = _option(128, "calibration samples")
     length: int = _option(512, "tokens of a calibration sample, at most")
     seed: int = _option(0, "which samples are taken")
@@ -56,6 +59,8 @@ class QuantConfig:
         for name, least in (("samples", 1), ("length", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, allowed are whole numbers of at least {least}")
+        if not 0 <= self.refine <= 100:
+            raise ValueError(f"refine is {self.refine}, allowed are whole numbers from 0 to 100")
         if not 0 < self.damp < 1:
             raise ValueError(f"damp is {self.damp}, allowed is more than 0 and less than 1")
         if not 0 <= self.alpha <= 1:

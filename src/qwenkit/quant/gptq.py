@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from qwenkit.quant.config import QuantConfig
+from qwenkit.quant.grid import codes_of, find_grid
 from qwenkit.quant.moments import Moments
+from qwenkit.quant.refine import refine
 
 BLOCK = 128  # inputs whose errors are spread over the rest of the matrix together, by one product
 STRIP = 32  # the same inside a block
-_SHRINK = torch.linspace(1.0, 0.4, 25).tolist()  # of a group's range, tried by the search for the best scale
-_SMALLEST_SCALE = 2.0**-24  # fp16's
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,16 @@ class Quantized:
 
 
 def round_to_nearest(weight: torch.Tensor, config: QuantConfig) -> Quantized:
-    """Each weight (out, in) to the nearest point of its group's grid."""
+    """Each weight (out, in) to the nearest point of its group's grid. With the method rtn, that is the range of its group."""
     inputs = weight.shape[1]
     groups = _groups(inputs, config)
     weight = weight.float()
+    if config.method == "rtn":
+        config = replace(config, mse=0.0)
     grids = [find_grid(weight[:, start:stop], config) for start, stop in groups]
     scales, zeros = (torch.stack(parts, 1) for parts in zip(*grids, strict=True))
     group_of = _group_of(inputs, groups).to(weight.device)
-    codes = _codes(weight, scales[:, group_of], zeros[:, group_of], config.bits)
+    codes = codes_of(weight, scales[:, group_of], zeros[:, group_of], config.bits)
     return _finished(codes, scales, zeros, group_of)
 
 
@@ -95,56 +97,48 @@ def gptq(weight: torch.Tensor, moments: Moments, config: QuantConfig) -> Quantiz
     if shift is not None:
         # H^-1 of the damped Hessian is factor^T factor; see Moments for where the shift of the optimum comes from.
         work += config.alpha * (factor.T @ (factor @ (shift[order][:, order].T @ work)))
+    wanted = torch.empty_like(work).index_copy_(0, order, work) if config.refine else None
     keep_groups = config.static_groups or not config.desc_act
-    fixed = [find_grid(target[:, a:b], config) for a, b in groups] if config.static_groups else None
+    fixed = None
+    if config.static_groups:
+        price = torch.empty_like(importance).index_copy_(0, order, factor.diagonal() ** -2)
+        fixed = [find_grid(target[:, a:b], config, price[a:b]) for a, b in groups]
     codes, scales, zeros = _round_in_order(work, factor, groups_in_order, fixed, config)
-    group_of = _group_of(inputs, groups).to(work.device)
+    codes = torch.empty_like(codes).index_copy_(0, order, codes)
+    del factor, work
+    group_of = _group_of(inputs, groups).to(codes.device)
     if not keep_groups:  # groups are runs of the order, and inputs are scattered over them
         group_of = torch.empty_like(group_of).index_copy_(0, order, group_of)
-    back = torch.empty_like(codes)
-    back[order] = codes
-    result = _finished(back.T.contiguous(), scales, zeros, group_of)
+    if wanted is not None:
+        diagonal += damp * float(diagonal.mean())
+        _refine(wanted, hessian, codes, scales, zeros, group_of, config)
+    diagonal.copy_(importance)
+    result = _finished(codes.T.contiguous(), scales, zeros, group_of)
     change = result.values.to(original.dtype) - original
     lost, energy = (((each @ hessian) * each).sum(1) / 2 for each in (change, original))  # H is twice the mean of x x^T
     return replace(result, lost=lost, energy=energy, damp=damp)
 
 
-def find_grid(weight: torch.Tensor, config: QuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The grid of each row of a group (out, n): scales (out,), exactly representable in fp16, and zero points (out,).
-
-    Symmetric: all steps over -max|w| to max|w|, zero in the middle. Else from the smallest weight to the largest, 0 among them.
-    With `mse` ranges are shrunk and the one with the least sum of |error|^mse is taken.
-    """
-    top = 2**config.bits - 1
-    low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
-    if config.sym:
-        high = torch.maximum(-low, high)
-        low = -high
-    flat = low == high
-    low, high = low.masked_fill(flat, -1), high.masked_fill(flat, 1)
-    best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    for share in _SHRINK if config.mse else (1.0,):
-        scale = ((high - low) * share / top).clamp(min=_SMALLEST_SCALE).to(torch.float16).to(weight.dtype)
-        middle = torch.full_like(scale, (top + 1) // 2)
-        zero = middle if config.sym else (-low * share / scale).round().clamp(0, top)
-        if not config.mse:
-            break
-        values = scale[:, None] * (_codes(weight, scale[:, None], zero[:, None], config.bits) - zero[:, None])
-        error = (values - weight).abs_().pow_(config.mse).sum(1)
-        if best is None:
-            best = error, scale, zero
-        else:
-            better = error < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))  # type: ignore[assignment]
-    if best is not None:
-        _, scale, zero = best
-    if not bool(torch.isfinite(scale).all()):
-        raise ValueError("weights are not finite, or too large for scales in fp16: the model cannot be quantized")
-    return scale, zero
-
-
-def _codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    return (weight / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+def _refine(
+    wanted: torch.Tensor,
+    hessian: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    group_of: torch.Tensor,
+    config: QuantConfig,
+) -> None:
+    """`refine`, groups being brought together where they are scattered."""
+    sizes = group_of.bincount().tolist()
+    if bool((group_of.diff() >= 0).all()):
+        refine(wanted, hessian, codes, scales, zeros, sizes, bits=config.bits, rounds=config.refine)
+        return
+    order = group_of.argsort(stable=True)
+    together = codes[order]
+    refine(
+        wanted[order], hessian[order][:, order], together, scales, zeros, sizes, bits=config.bits, rounds=config.refine
+    )
+    codes[order] = together
 
 
 def _finished(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_of: torch.Tensor) -> Quantized:
@@ -219,6 +213,7 @@ def _round_in_order(
     An error is spread late: a row collects those before it when its block, its strip, or itself is reached.
     """
     inputs, outputs = work.shape
+    price = factor.diagonal() ** -2  # of missing an input by one, if all later ones make up for it
     group = 0
     if isinstance(groups, list):
         starts, position = {}, 0
@@ -235,7 +230,8 @@ def _round_in_order(
     for begin, end in _segments(inputs, starts):
         if fixed is None and begin in starts:
             group, size = starts[begin]
-            scales[:, group], zeros[:, group] = find_grid(work[begin : begin + size].T, config)
+            columns = slice(begin, begin + size)
+            scales[:, group], zeros[:, group] = find_grid(work[columns].T, config, price[columns])
         errors = work.new_empty(end - begin, outputs)
         for first in range(begin, end, STRIP):
             last = min(first + STRIP, end)
@@ -248,7 +244,7 @@ def _round_in_order(
                 elif column == first:
                     scale, zero = scales[:, group].contiguous(), zeros[:, group].contiguous()
                 row = strip[i] if i == 0 else strip[i].addmv_(lost[:i].T, factor[first:column, column], alpha=-1)
-                code = _codes(row, scale, zero, config.bits)
+                code = codes_of(row, scale, zero, config.bits)
                 codes[column] = code
                 torch.sub(row, code.sub_(zero).mul_(scale), out=lost[i]).div_(factor[column, column])
         work[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
