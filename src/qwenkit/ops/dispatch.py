@@ -12,10 +12,10 @@ import torch
 
 from qwenkit.ops import reference
 from qwenkit.ops.cache import KVCache
-from qwenkit.ops.cpu.library import Library, find_library, open_library
+from qwenkit.ops.cpu.library import find_library, open_library
 from qwenkit.ops.cpu.native import NativeOps
 from qwenkit.ops.cpu.program import Executor
-from qwenkit.ops.cpu.training import TrainingOps
+from qwenkit.ops.cpu.training import TrainingOps, open_training
 from qwenkit.ops.packed import PackedWeight
 
 IMPLEMENTATIONS = ("auto", "reference", "avx2", "avx512")
@@ -23,7 +23,6 @@ NATIVE = (
     "rms_norm",
     "add_rms_norm",
     "silu_mul",
-    "cross_entropy_",
     "add",
     "rotate",
     "write_cache",
@@ -56,7 +55,7 @@ def use(implementation: str | None = None) -> None:
     if implementation != "reference":
         library = open_library(None if implementation == "auto" else implementation)
     _Table.native = None if library is None else NativeOps(Executor(library))
-    _Table.training = None if library is None else _training_ops(library)
+    _Table.training = None if library is None else open_training(library)
     _Table.asked = implementation
 
 
@@ -66,9 +65,10 @@ def native() -> NativeOps | None:
 
 
 def implementations() -> dict[str, str]:
-    """Which implementation runs for each op."""
+    """Which implementation runs for each op; that of cross_entropy_ also for the others where gradients are wanted."""
     name = "reference" if _Table.native is None else f"native ({_Table.native.executor.library.instruction_set})"
-    return dict.fromkeys(sorted(NATIVE), name) | dict.fromkeys(REFERENCE_ONLY, "reference")
+    told = dict.fromkeys(sorted(NATIVE), name) | dict.fromkeys(REFERENCE_ONLY, "reference")
+    return told | {"cross_entropy_": "reference" if _Table.training is None else name}
 
 
 def why_no_native() -> str | None:
@@ -92,13 +92,6 @@ def _native_for(*tensors: torch.Tensor) -> NativeOps | None:
         if tensor.requires_grad and torch.is_grad_enabled():
             return None
     return chosen
-
-
-def _training_ops(library: Library) -> TrainingOps | None:
-    try:
-        return TrainingOps(library)
-    except (OSError, AttributeError):  # a torch without OpenMP, or with one of another kind
-        return None
 
 
 def _training_for(*tensors: torch.Tensor) -> TrainingOps | None:

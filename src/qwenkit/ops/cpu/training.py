@@ -29,14 +29,12 @@ class Kind(IntEnum):
 
 
 class TrainingOps:
-    """Raises OSError or AttributeError where torch uses no OpenMP runtime that GCC's programs know."""
+    """Native forwards and backwards, on a library that has them and the OpenMP functions of torch (see `open_training`)."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, team: list[ctypes.c_void_p]) -> None:
         self._run = library.handle.qk_train
         self._set = library.instruction_set.encode()
-        of_torch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-        self._team = [ctypes.cast(getattr(of_torch, name), ctypes.c_void_p) for name in names]
+        self._team = team
 
     def run(
         self, kind: Kind, tensors: tuple[torch.Tensor | None, ...], numbers: tuple[int, ...], x: float = 0.0
@@ -88,6 +86,17 @@ class TrainingOps:
         if wants[1]:
             of_weight = (grad * x).view(-1, dim).t() @ inverse
         return of_x, of_weight
+
+
+def open_training(library: Library) -> TrainingOps | None:
+    """The ops on a library; None where torch has no OpenMP runtime that speaks as GCC's does."""
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    try:
+        of_torch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        team = [ctypes.cast(getattr(of_torch, name), ctypes.c_void_p) for name in names]
+    except (OSError, AttributeError):
+        return None
+    return TrainingOps(library, team)
 
 
 class _RMSNorm(torch.autograd.Function):
