@@ -70,6 +70,7 @@ def run(*words: str, code: int = 0) -> str:
 def test_plan_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = ("Qwen/Qwen1.5-0.5B", "method=lora", "cutoff_len=512", "loss_chunk=4096", "--gpu-memory", "3GiB")
+    words += ("per_device_train_batch_size=1",)
     table = run(*words)
     assert "Qwen/Qwen1.5-0.5B: 0.47 B parameters, 3.8 M trained, lora" in table
     assert re.search(r"^weights +0\.88 GiB$", table, flags=re.MULTILINE)

@@ -93,3 +93,18 @@ def test_several_whole_texts_on_the_command_line_are_a_yaml_list() -> None:
     assert config.dataset == ("x", "y")
     with pytest.raises(ValueError, match="not a YAML list"):
         TrainConfig.from_settings({"model": "m", "variables": "[a: b: c]"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch_size"),
+    [
+        ({}, 8),
+        ({"packing": True}, 1),
+        ({"stage": "pt"}, 1),
+        ({"stage": "pt", "packing": False}, 8),
+        ({"stage": "kto"}, 8),
+        ({"packing": True, "per_device_train_batch_size": 4}, 4),
+    ],
+)
+def test_a_micro_batch_is_eight_samples_or_one_pack_unless_said(settings: dict[str, Any], batch_size: int) -> None:
+    assert TrainConfig.from_settings(settings).batch_size == batch_size

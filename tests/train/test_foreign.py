@@ -234,6 +234,9 @@ def test_what_is_refused(settings: dict[str, Any], message: str) -> None:
         ({"eval_strategy": False}, {"eval_steps": None}),  # YAML reads a bare no as false
         ({"pref_loss": "orpo", "stage": "dpo", "orpo_beta": 0.2}, {"stage": "orpo", "pref_beta": 0.2}),
         ({"neat_packing": True}, {"packing": True}),
+        ({"packing": True}, {"packs": True, "batch_size": 8}),
+        ({"stage": "pt"}, {"packs": True, "batch_size": 8}),
+        ({"stage": "sft"}, {"packs": False, "batch_size": 8}),
         ({"additional_target": "embed_tokens,lm_head"}, {"modules_to_save": ("embed_tokens", "lm_head")}),
         ({"disable_gradient_checkpointing": True}, {"gradient_checkpointing": False}),
         ({"fsdp": "full_shard auto_wrap"}, {"parallel": "fsdp"}),

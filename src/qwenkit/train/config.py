@@ -79,7 +79,9 @@ class TrainConfig:
     # Length of the run
     num_train_epochs: float = option(3.0, "passes over the data")
     max_steps: int | None = option(None, "steps, whatever the number of epochs")
-    per_device_train_batch_size: int = option(1, "samples (with packing: packs) in one micro-batch")
+    per_device_train_batch_size: int | None = option(
+        None, "samples (with packing: packs) in one micro-batch (default: 8 samples, or 1 pack)"
+    )
     per_device_eval_batch_size: int | None = option(None, "the same for evaluation (default: as for training)")
     gradient_accumulation_steps: int = option(1, "micro-batches in one step")
     # Optimizer
@@ -178,6 +180,11 @@ class TrainConfig:
     @property
     def packs(self) -> bool:
         return self.stage == "pt" if self.packing is None else self.packing
+
+    @property
+    def batch_size(self) -> int:
+        """Samples, or packs, of one micro-batch of training. A pack is full, eight samples of a chat are about as many tokens."""
+        return self.per_device_train_batch_size or (1 if self.packs else 8)
 
     @property
     def has_eval(self) -> bool:

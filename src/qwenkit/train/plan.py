@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qwenkit import ops
 from qwenkit.model.config import ModelConfig
 from qwenkit.train.batch import TrainBatch
 from qwenkit.train.config import TrainConfig
@@ -69,8 +70,10 @@ def plan_memory(model: ModelConfig, config: TrainConfig, *, gpus: int = 1, per_n
         raise ValueError(f"tensor_parallel is {tensor}, but a node has {per_node} GPUs, no multiple of it")
     if config.dtype == "auto" and gpus:
         config = replace(config, dtype="bfloat16")
+    if not gpus:
+        ops.use()  # what a run on this machine keeps for its backward depends on it
     local = _slice(model, tensor)
-    documents = config.per_device_train_batch_size * (2 if config.stage in PAIRED else 1)
+    documents = config.batch_size * (2 if config.stage in PAIRED else 1)
     # Of one process's gradients all are in the sum, so that it can be divided; sharded ones are always there.
     micro_batches = min(config.gradient_accumulation_steps, 2) if shard == 1 else 2
     whole = _extrapolated(local, config, [config.cutoff_len] * documents, micro_batches)

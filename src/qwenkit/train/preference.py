@@ -42,9 +42,9 @@ class Objective:
             raise ValueError(
                 f"{config.stage} with method {config.method} needs a frozen copy of the model to measure against"
             )
-        if config.stage == "kto" and config.per_device_train_batch_size < 2:
+        if config.stage == "kto" and config.batch_size < 2:
             raise ValueError(
-                f"per_device_train_batch_size is {config.per_device_train_batch_size}, allowed is 2 or more for kto: "
+                f"per_device_train_batch_size is {config.batch_size}, allowed is 2 or more for kto: "
                 "its baseline comes from answers to other prompts of the same micro-batch"
             )
         self.config = config

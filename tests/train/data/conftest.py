@@ -64,7 +64,7 @@ def config_of(tmp_path: Path) -> Callable[..., TrainConfig]:
     """A TrainConfig whose data and cache lie in the test's folder."""
 
     def config(*dataset: str, **settings: Any) -> TrainConfig:
-        given = {"dataset_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache"), "dataset": dataset, **settings}
-        return TrainConfig(**given)
+        given: dict[str, Any] = {"dataset_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache"), "dataset": dataset}
+        return TrainConfig(**given | {"per_device_train_batch_size": 1} | settings)
 
     return config

@@ -47,7 +47,7 @@ class DataStream:
         if config.mix_strategy == "concat" and config.mix_weights:
             raise ValueError("mix_weights need mix_strategy interleave_under or interleave_over")
         self._rank, self._world_size = rank, world_size
-        batch_size = config.per_device_train_batch_size
+        batch_size = config.batch_size
         if split == "eval" and config.per_device_eval_batch_size is not None:
             batch_size = config.per_device_eval_batch_size
         self._round = batch_size * world_size  # sequences of all ranks in one micro-batch
