@@ -101,7 +101,7 @@ def _training_for(*tensors: torch.Tensor) -> TrainingOps | None:
     for tensor in tensors:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # sharded, or traced
             return None
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if tensor.dtype != torch.float32 or tensor.device.type not in ("cpu", "meta") or not tensor.is_contiguous():
             return None
     return chosen if any(tensor.requires_grad for tensor in tensors) and tensors[0].numel() else None
 

@@ -39,7 +39,12 @@ class TrainingOps:
     def run(
         self, kind: Kind, tensors: tuple[torch.Tensor | None, ...], numbers: tuple[int, ...], x: float = 0.0
     ) -> None:
-        """One kernel on all threads; returns when it is done. A single row is not worth a second thread."""
+        """One kernel on all threads; returns when it is done. A single row is not worth a second thread.
+
+        Of tensors without memory nothing is computed; what they would keep can be counted.
+        """
+        if tensors[0] is not None and tensors[0].is_meta:
+            return
         op = Op(kind=kind, x=x)
         for i, tensor in enumerate(tensors):
             op.p[i] = None if tensor is None else tensor.data_ptr()
