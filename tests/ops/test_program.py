@@ -53,6 +53,35 @@ def test_one_pass_from_a_sum_to_quantized_activations(native: NativeOps, tokens:
             assert torch.equal(ours, alone)
 
 
+@torch.inference_mode()
+def test_a_pass_never_writes_what_it_reads(native: NativeOps) -> None:
+    """Memory of results that nobody holds is used again, but not by an operation that became part of the one that reads it."""
+    width = 1280
+    weight = packed.quantize(torch.randn(width, width), 4)
+    norm, x, y = torch.rand(width), torch.zeros(1, width), torch.zeros(1, width)
+
+    def compute() -> torch.Tensor:
+        total = native.add(native.add(x, y), native.add(y, y))
+        for _ in range(8):
+            normed = native.rms_norm(total, norm, 1e-5)
+            hidden = native.silu_mul(native.packed_linear(normed, weight, None), native.packed_linear(normed, weight, None))
+            total = native.add(total, native.packed_linear(hidden, weight, None))
+        return total
+
+    with native.executor.record() as program:
+        recorded = compute()
+    steps = program._steps
+    layer = [Kind.RMS_NORM, Kind.LINEAR, Kind.LINEAR, Kind.SILU_MUL, Kind.LINEAR]
+    assert kinds_of(program)[-len(layer) - 1 :] == [*layer, Kind.ADD]
+    assert not any(step.reads & step.writes for step in steps)
+    replay = program.finish(native.executor.library)
+    for _ in range(20):
+        x.copy_(torch.randn(1, width))
+        y.copy_(torch.randn(1, width))
+        replay()
+        assert torch.equal(recorded, compute())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @torch.inference_mode()
 def test_keys_are_rotated_on_their_way_to_the_cache(native: NativeOps, dtype: torch.dtype) -> None:

@@ -17,61 +17,40 @@ inline Share share_of(int64_t items, int64_t grain, int thread, int threads) {
   return {first < items ? first : items, last < items ? last : items};
 }
 
-constexpr int64_t MAX_QUANTIZED_GROUP = 128;
-
-// Activations as int8: for each token and group its values q, a scale, and scale * (sum of q). Symmetric, the largest value becomes
-// 127. With pairs each token gives two rows, a coarse one and what it leaves in steps of 1/256: 16 bits in all.
+// Activations as int8: for each token and group its values q, a scale, and scale * (sum of q). Symmetric, the largest value becomes 127.
 struct QuantizeTo {
   int8_t* q;
   float *scale, *sum;
-  int64_t dim, group;  // the group is a multiple of 16 up to MAX_QUANTIZED_GROUP that divides dim
-  bool pairs;
+  int64_t dim, group;  // the group is a multiple of 16 that divides dim
 
   int64_t groups() const { return dim / group; }
   int64_t grain() const { return group < 256 ? 256 / group : 1; }  // groups that are dealt together
 
-  void store(int64_t row, int64_t index, const float* values, float step) const {
-    int8_t* to = q + row * dim + index * group;
-    I16 total = i_set1(0);
-    for (int64_t k = 0; k < group; k += 16) {
-      const I16 rounded = i_of_f(f_load(values + k));
-      total = i_add(total, rounded);
-      i_store_i8(to + k, rounded);
-    }
-    scale[row * groups() + index] = step;
-    sum[row * groups() + index] = step * (float)i_sum(total);
-  }
-
   // One group, of values x. A value that is not finite makes the scale NaN, so that it is not lost.
   void quantize(int64_t token, int64_t index, const float* x) const {
-    const float steps = pairs ? 127.0f * 256.0f : 127.0f;
     F16 largest = f_zero(), nothing = f_zero();
     for (int64_t k = 0; k < group; k += 16) {
       const F16 v = f_load(x + k);
       largest = f_max(largest, f_abs(v));
       nothing = f_add(nothing, f_sub(v, v));
     }
-    const float step = f_hmax(largest) / steps + f_sum(nothing);
+    const float step = f_hmax(largest) / 127.0f + f_sum(nothing);
     const F16 inverse = f_set1(step > 0 ? 1.0f / step : 0.0f);
-    float coarse[MAX_QUANTIZED_GROUP], fine[MAX_QUANTIZED_GROUP];
+    int8_t* to = q + token * dim + index * group;
+    I16 total = i_set1(0);
     for (int64_t k = 0; k < group; k += 16) {
-      const F16 whole = f_round(f_mul(f_load(x + k), inverse));
-      const F16 high = pairs ? f_round(f_mul(whole, f_set1(1.0f / 256))) : whole;
-      f_store(coarse + k, high);
-      f_store(fine + k, f_min(f_set1(127.0f), f_sub(whole, f_mul(high, f_set1(256.0f)))));
+      const I16 rounded = i_of_f(f_mul(f_load(x + k), inverse));
+      total = i_add(total, rounded);
+      i_store_i8(to + k, rounded);
     }
-    if (pairs) {
-      store(2 * token, index, coarse, step * 256);
-      store(2 * token + 1, index, fine, step);
-    } else {
-      store(token, index, coarse, step);
-    }
+    scale[token * groups() + index] = step;
+    sum[token * groups() + index] = step * (float)i_sum(total);
   }
 };
 
-// p: q, scale, sum, x; n: tokens, dim, group, pairs
+// p: q, scale, sum, x; n: tokens, dim, group
 void quantize(const Op& op, int thread, int threads) {
-  const QuantizeTo to = {(int8_t*)op.p[0], (float*)op.p[1], (float*)op.p[2], op.n[1], op.n[2], op.n[3] != 0};
+  const QuantizeTo to = {(int8_t*)op.p[0], (float*)op.p[1], (float*)op.p[2], op.n[1], op.n[2]};
   const Share items = share_of(op.n[0] * to.groups(), to.grain(), thread, threads);
   for (int64_t item = items.first; item < items.last; item++)
     to.quantize(item / to.groups(), item % to.groups(), (const float*)op.p[3] + item * to.group);
@@ -102,13 +81,13 @@ inline float mean_square(const float* x, const float* added, float* total, int64
   return sum / dim;
 }
 
-// p: y, x, weight, added, total, q, scale, sum; n: rows, dim, group, pairs; x: eps. y = weight * x / rms(x); where `added` is given,
+// p: y, x, weight, added, total, q, scale, sum; n: rows, dim, group; x: eps. y = weight * x / rms(x); where `added` is given,
 // total = x + added takes the place of x; where q is given, y is also quantized.
 void rms_norm(const Op& op, int thread, int threads) {
   const float *weight = (const float*)op.p[2], eps = (float)op.x;
   const int64_t dim = op.n[1];
   const bool quantized = op.p[5] != nullptr;
-  const QuantizeTo to = {(int8_t*)op.p[5], (float*)op.p[6], (float*)op.p[7], dim, quantized ? op.n[2] : dim, op.n[3] != 0};
+  const QuantizeTo to = {(int8_t*)op.p[5], (float*)op.p[6], (float*)op.p[7], dim, quantized ? op.n[2] : dim};
   const int64_t parts = to.groups();  // of a row; threads may share one
   const Share items = share_of(op.n[0] * parts, quantized ? to.grain() : 1, thread, threads);
   for (int64_t item = items.first; item < items.last;) {
@@ -166,7 +145,7 @@ inline void silu_mul_span(const float* gate, const float* up, float* y, int64_t 
   for (; k < last; k++) y[k] = gate[k] / (1.0f + std::exp(-gate[k])) * up[k];
 }
 
-// p: y, gate, up, q, scale, sum; n: count, dim, group, pairs. y = silu(gate) * up; where q is given, y is also quantized.
+// p: y, gate, up, q, scale, sum; n: count, dim, group. y = silu(gate) * up; where q is given, y is also quantized.
 void silu_mul(const Op& op, int thread, int threads) {
   const float *gate = (const float*)op.p[1], *up = (const float*)op.p[2];
   float* y = (float*)op.p[0];
@@ -175,7 +154,7 @@ void silu_mul(const Op& op, int thread, int threads) {
     silu_mul_span(gate, up, y, share.first, share.last);
     return;
   }
-  const QuantizeTo to = {(int8_t*)op.p[3], (float*)op.p[4], (float*)op.p[5], op.n[1], op.n[2], op.n[3] != 0};
+  const QuantizeTo to = {(int8_t*)op.p[3], (float*)op.p[4], (float*)op.p[5], op.n[1], op.n[2]};
   const Share items = share_of(op.n[0] / to.group, to.grain(), thread, threads);
   silu_mul_span(gate, up, y, items.first * to.group, items.last * to.group);
   for (int64_t item = items.first; item < items.last; item++)

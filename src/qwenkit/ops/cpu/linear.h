@@ -30,12 +30,10 @@ struct Quantized {
   const float* sum;
 };
 
-// `pairs`: activations 2 t and 2 t + 1 are the coarse and the fine part of token t, and their results are added.
 struct Target {
   float* y;
   int64_t stride;
   const float* bias;
-  bool pairs;
 };
 
 inline void store_rows(const Target& to, int64_t token, int64_t row, int64_t rows, F16 out) {
@@ -110,11 +108,8 @@ inline void packed_tile(const Packed& w, int64_t block, const Quantized& a, int6
   }
   for (int r = 0; r < 2; r++) {
     const int64_t row = (block + r) * 16;
-    for (int t = 0; t < MT; t += to.pairs ? 2 : 1) {
-      F16 out = to.pairs && t + 1 < MT ? f_add(total[r][t], total[r][t + 1]) : total[r][t];
-      if (MODE == PER_CHANNEL) out = f_mul(out, f_load(w.row_scale + row));
-      store_rows(to, to.pairs ? (token + t) / 2 : token + t, row, w.rows, out);
-    }
+    for (int t = 0; t < MT; t++)
+      store_rows(to, token + t, row, w.rows, MODE == PER_CHANNEL ? f_mul(total[r][t], f_load(w.row_scale + row)) : total[r][t]);
   }
 }
 
@@ -152,13 +147,12 @@ inline Packed packed_of(const Op& op) {
           op.n[1], op.n[2], op.n[3]};
 }
 
-// p: y, q, scale, offset, row_scale, x.q, x.scale, x.sum, bias; n: tokens, rows, cols, group, bits, pairs
+// p: y, q, scale, offset, row_scale, x.q, x.scale, x.sum, bias; n: tokens, rows, cols, group, bits
 void linear(const Op& op, int thread, int threads) {
   const Packed w = packed_of(op);
   const Quantized a = {(const int8_t*)op.p[5], (const float*)op.p[6], (const float*)op.p[7]};
-  const bool pairs = op.n[5];
-  const Target to = {(float*)op.p[0], w.rows, (const float*)op.p[8], pairs};
-  const int64_t tokens = pairs ? 2 * op.n[0] : op.n[0];
+  const Target to = {(float*)op.p[0], w.rows, (const float*)op.p[8]};
+  const int64_t tokens = op.n[0];
   if (op.n[4] == 4) {
     if (w.row_scale) packed_linear<4, PER_CHANNEL>(w, a, to, tokens, thread, threads);
     else if (w.offset) packed_linear<4, PER_GROUP_OFFSET>(w, a, to, tokens, thread, threads);
@@ -200,7 +194,7 @@ void linear_bf16(const Op& op, int thread, int threads) {
   const uint8_t* q = (const uint8_t*)op.p[1];
   const float* x = (const float*)op.p[5];
   const int64_t rows = op.n[1], cols = op.n[2];
-  const Target to = {(float*)op.p[0], rows, (const float*)op.p[8], false};
+  const Target to = {(float*)op.p[0], rows, (const float*)op.p[8]};
   over_tiles(
       op.n[0], rows, cols * 4, thread, threads, [&](int64_t b, int64_t t) { bf16_tile<12>(q, rows, cols, b, x, t, to); },
       [&](int64_t b, int64_t t) { bf16_tile<4>(q, rows, cols, b, x, t, to); },

@@ -16,9 +16,6 @@ from qwenkit.ops.cache import INT4, KVCache
 from qwenkit.ops.cpu.program import Executor, Kind
 from qwenkit.ops.packed import PackedWeight
 
-# Weights in groups this small (GGUF's blocks, small models) meet activations of 16 bits, as two rows of int8: SmolLM2 changes its
-# answers when they are rounded to 8. Decoding waits for memory and hardly notices; a prompt takes up to twice the products.
-FINE_GROUP = 32
 MAX_HEAD_DIM, MAX_GROUP = 256, 128  # cache.h: MAX_DIM; attention.h: heads that share a key head within MAX_PASS
 PART_KEYS, ACCUMULATOR, MOST_SHARED_PARTS = 256, 32, 4096  # attention.h: the first two
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8, INT4)
@@ -81,26 +78,21 @@ class NativeOps:
             pointers = (y, weight.q, None, None, None, x, None, None, bias)
             self.executor.submit(Kind.LINEAR_BF16, pointers, numbers, writes=(y,))
             return y
-        pairs = int(weight.group <= FINE_GROUP)
-        q, scale, total = self._quantized(x, weight.group, pairs)
+        q, scale, total = self._quantized(x, weight.group)
         weights = (weight.q, weight.scale, weight.offset, weight.row_scale)
-        self.executor.submit(Kind.LINEAR, (y, *weights, q, scale, total, bias), (*numbers, pairs), writes=(y,))
+        self.executor.submit(Kind.LINEAR, (y, *weights, q, scale, total, bias), numbers, writes=(y,))
         return y
 
-    def _quantized(self, x: torch.Tensor, group: int, pairs: int) -> Quantized:
-        """int8 activations with a scale and a sum for each group; shared by linears that read the same x one after the other.
-
-        With `pairs` two rows a token, which together hold 16 bits.
-        """
+    def _quantized(self, x: torch.Tensor, group: int) -> Quantized:
+        """int8 activations with a scale and a sum for each group; shared by linears that read the same x one after the other."""
         # Inference tensors do not count their changes; those that the model gives are results of ops, which nothing changes.
-        key = (id(self.executor.recording), group, pairs, None if x.is_inference() else x._version)
+        key = (id(self.executor.recording), group, None if x.is_inference() else x._version)
         if self._last_quantized is not None and self._last_quantized[1] is x and self._last_quantized[0] == key:
             return self._last_quantized[2]
         tokens, dim = x.shape
-        rows = tokens * (1 + pairs)
-        q = self.executor.empty(rows, dim, dtype=torch.int8)
-        scale, total = self.executor.empty(rows, dim // group), self.executor.empty(rows, dim // group)
-        self.executor.submit(Kind.QUANTIZE, (q, scale, total, x), (tokens, dim, group, pairs), writes=(q, scale, total))
+        q = self.executor.empty(tokens, dim, dtype=torch.int8)
+        scale, total = self.executor.empty(tokens, dim // group), self.executor.empty(tokens, dim // group)
+        self.executor.submit(Kind.QUANTIZE, (q, scale, total, x), (tokens, dim, group), writes=(q, scale, total))
         self._last_quantized = key, x, (q, scale, total)
         return q, scale, total
 

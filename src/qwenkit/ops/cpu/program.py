@@ -7,6 +7,7 @@ the same tensors.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ class Program:
         written = frozenset(tensor.untyped_storage().data_ptr() for tensor in writes)
         step = _Step(op, read, written)
         last = self._steps[-1] if self._steps else None
-        joined = None if last is None else join(last.op, op)
+        # what one pass reads it may not write: each thread needs all of a row
+        joined = None if last is None or last.reads & written else join(last.op, op)
         if joined is not None and last is not None:
             del self._steps[-1]
             whole = joined.kind == Kind.WRITE_CACHE  # the rotated keys go to the cache only
@@ -102,11 +104,11 @@ def join(first: Op, second: Op) -> Op | None:
         if first.n[0:2] != second.n[0:2]:
             return None
         op = _copy(first)
-        op.p[5:8], op.n[2:4] = second.p[0:3], second.n[2:4]
+        op.p[5:8], op.n[2] = second.p[0:3], second.n[2]
         return op
     if kinds == (Kind.SILU_MUL, Kind.QUANTIZE) and second.p[3] == first.p[0] and first.p[3] is None:
         op = _copy(first)
-        op.p[3:6], op.n[1:4] = second.p[0:3], second.n[1:4]
+        op.p[3:6], op.n[1:3] = second.p[0:3], second.n[1:3]
         return op
     if kinds == (Kind.ROTATE, Kind.WRITE_CACHE) and second.p[0] == first.p[0] != second.p[1]:
         op = _copy(second)
@@ -140,6 +142,7 @@ class Executor:
         # Recorded programs run one after the other and may share their buffers; but a replay writes to its own whenever it likes,
         # so results of single ops, which somebody may hold, lie elsewhere.
         self._buffers, self._recorded_buffers = Buffers(keep=False), Buffers(keep=True)
+        self._last: deque[object] = deque(maxlen=2)  # what the last ops touched: their results may not lie in it if they are joined
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Memory for a result."""
@@ -168,6 +171,7 @@ class Executor:
             reads = [tensor for tensor in (*pointers, *also) if tensor is not None and id(tensor) not in targets]
             hold = [tensor for tensor in (*reads, *writes) if not self._recorded_buffers.owns(tensor)]
             self.recording.append(op, reads, writes, hold)
+            self._last.append((pointers, also))
 
     @contextmanager
     def record(self) -> Iterator[Program]:
@@ -178,3 +182,4 @@ class Executor:
             yield self.recording
         finally:
             self.recording = None
+            self._last.clear()
