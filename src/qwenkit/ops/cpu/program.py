@@ -142,7 +142,7 @@ class Executor:
         # Recorded programs run one after the other and may share their buffers; but a replay writes to its own whenever it likes,
         # so results of single ops, which somebody may hold, lie elsewhere.
         self._buffers, self._recorded_buffers = Buffers(keep=False), Buffers(keep=True)
-        self._last: deque[object] = deque(maxlen=2)  # what the last ops touched: their results may not lie in it if they are joined
+        self._last: deque[object] = deque(maxlen=2)  # touched by the last ops: what joins them may not write there
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Memory for a result."""
