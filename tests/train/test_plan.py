@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from qwenkit import ops
 from qwenkit.model.config import ModelConfig
 from qwenkit.train.batch import Sample, TrainBatch
 from qwenkit.train.config import TrainConfig
@@ -52,7 +53,10 @@ def qwen(size: str) -> ModelConfig:
 
 def real_peak(sizes: ModelConfig, config: TrainConfig) -> int:
     """Weights, states, and the most that the micro-batches of a step hold beside them, as torch's allocator reports it."""
+    ops.use()  # as a run does
     model = model_of_shapes(sizes, config).to_empty(device="cpu").train()
+    if sizes.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1) if not parameter.is_floating_point() else parameter.normal_(std=0.02)

@@ -64,11 +64,25 @@ class BenchConfig:
         return max(needs.values())
 
 
+class _Bench(Verb):
+    """`bench train` is another verb: it measures training."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["train"]:
+            from qwenkit.cli.bench_train import train
+
+            return train.make_context(f"{info_name} train", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
 @click.command(
-    cls=Verb,
+    cls=_Bench,
     epilog="""\b
 Examples:
   qwenkit bench smollm2
+  qwenkit bench train smollm2 --lengths 256,512
   qwenkit bench Qwen/Qwen2.5-0.5B-Instruct --weights int4 --threads 2 --json
   qwenkit bench Qwen/Qwen2.5-0.5B-Instruct --table
   qwenkit bench smollm2 --plot speed.png""",
@@ -86,6 +100,8 @@ Examples:
 @dataclass_options(EngineConfig, "Running the model", exclude=NOT_A_FLAG)
 def bench(model: str, as_json: bool, table: bool, plot: Path | None, **values: Any) -> None:
     """Measure MODEL on this machine, with random token ids, so that a model with random weights will do.
+
+    `qwenkit bench train MODEL` measures training it.
 
     \b
     prefill         --prefill tokens over the time to the first token of the answer

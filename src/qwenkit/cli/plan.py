@@ -86,10 +86,11 @@ def find_sizes(name: str, folder: Path = Path()) -> ModelConfig:
     from qwenkit.model.config import ModelConfig
     from qwenkit.train.config import read_settings
     from qwenkit.weights.checkpoint import open_checkpoint
+    from qwenkit.weights.stored import read_json
 
     path = Path(name).expanduser()
     if path.suffix == ".json" and path.is_file():
-        return ModelConfig.from_dict(read_settings(path))
+        return ModelConfig.from_dict(read_json(path))  # to YAML 1e-06 is a text
     if path.exists():
         return ModelConfig.from_dict(open_checkpoint(path).config)
     known: dict[str, Any] = {}
