@@ -33,7 +33,7 @@ def refine(
     group, which lie one after the other.
     """
     lost = torch.empty_like(target)
-    spans = []
+    spans: list[slice] = []
     for group, size in enumerate(sizes):
         begin = spans[-1].stop if spans else 0
         spans.append(slice(begin, begin + size))
