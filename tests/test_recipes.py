@@ -39,6 +39,8 @@ def test_recipe_fits_its_gpus(path: Path) -> None:
     config = TrainConfig.from_settings(settings)
     plan = plan_memory(find_sizes(config.model, path.parent), config, gpus=int(head["gpus"]))
     assert plan.total <= parse_bytes(head["gpu_memory"])
+    if "72b" in path.stem:
+        assert head["layout"] == f"dp_shard {plan.shard}, tensor_parallel {plan.tensor}"
     words = shlex.split(head["run"])
     assert words[:3] == ["qwenkit", "train", f"recipes/{path.name}"]
     flags = dict(zip(words[3::2], words[4::2], strict=True))

@@ -158,6 +158,8 @@ def test_a_checkpoint_that_was_not_finished(tmp_path: Path) -> None:
         ({}, {"RANK": "3", "WORLD_SIZE": "2"}, "do not fit together"),
         ({"dp_shard": 3}, {"WORLD_SIZE": "4"}, "is 3, but 4 processes run"),
         ({"parallel": "ddp", "dp_shard": 2}, {"WORLD_SIZE": "2"}, "dp_shard is 2, but parallel is ddp"),
+        ({"optim": "adamw_8bit", "parallel": "fsdp"}, {"WORLD_SIZE": "2"}, "allowed is adamw, or parallel=ddp"),
+        ({"optim": "adamw_8bit", "tensor_parallel": 2}, {"WORLD_SIZE": "2"}, "2 processes share each parameter"),
         (
             {"tensor_parallel": 4},
             {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},

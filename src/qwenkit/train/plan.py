@@ -77,7 +77,8 @@ def plan_memory(model: ModelConfig, config: TrainConfig, *, gpus: int = 1, per_n
     # Of one process's gradients all are in the sum, so that it can be divided; sharded ones are always there.
     micro_batches = min(config.gradient_accumulation_steps, 2) if shard == 1 else 2
     whole = _extrapolated(local, config, [config.cutoff_len] * documents, micro_batches)
-    copies = 2 if config.stage in ("dpo", "kto") and config.method not in ("lora", "qlora") else 1
+    # What dpo and kto measure against is a copy of the model that each process holds whole.
+    references = config.stage in ("dpo", "kto") and config.method not in ("lora", "qlora")
     gathered = 0
     if shard > 1:
         block = _extrapolated(_with_layers(local, 1), config, [1], 1)
@@ -88,7 +89,7 @@ def plan_memory(model: ModelConfig, config: TrainConfig, *, gpus: int = 1, per_n
             gathered += 2 * per_layer  # a block's gradients, and the buffer that they are summed in
     return replace(
         whole,
-        weights=copies * whole.weights // shard,
+        weights=whole.weights // shard + references * whole.weights * tensor,
         gradients=whole.gradients // shard,
         optimizer=whole.optimizer // shard,
         activations=whole.activations + _gathered_logits(model, config, tensor),

@@ -205,6 +205,11 @@ def parallel_sizes(config: TrainConfig, world_size: int) -> tuple[int, int, int]
             f"dp_replicate {replicate} times dp_shard {shard} times tensor_parallel {tensor} is "
             f"{replicate * shard * tensor}, but {world_size} processes run"
         )
+    if config.optim == "adamw_8bit" and shard * tensor > 1:
+        raise ValueError(
+            f"optim is 'adamw_8bit', but {shard * tensor} processes share each parameter (fsdp, tensor_parallel): a scale of 256 "
+            "values belongs to one process's part, so a checkpoint would fit no other number; allowed is adamw, or parallel=ddp"
+        )
     return replicate, shard, tensor
 
 
