@@ -95,6 +95,12 @@ def test_packed_linear(tokens: int, rows: int, cols: int, kind: str, bias: bool,
     torch.testing.assert_close(out.double(), expected, atol=3e-6 * scale * cols**0.5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "4 bits with offset"])
+def test_no_tokens_have_no_results(kind: str) -> None:
+    """A step in which no row samples meets the head all the same."""
+    assert native_result("packed_linear", torch.empty(0, 64), packed_weights(96, 64, kind), None).shape == (0, 96)
+
+
 @relaxed
 @given(
     tokens=st.integers(1, 4), cols=st.sampled_from([64, 128, 896]), kind=st.sampled_from(["int8", "int4"]), seed=seeds

@@ -64,7 +64,9 @@ def test_a_pass_never_writes_what_it_reads(native: NativeOps) -> None:
         total = native.add(native.add(x, y), native.add(y, y))
         for _ in range(8):
             normed = native.rms_norm(total, norm, 1e-5)
-            hidden = native.silu_mul(native.packed_linear(normed, weight, None), native.packed_linear(normed, weight, None))
+            hidden = native.silu_mul(
+                native.packed_linear(normed, weight, None), native.packed_linear(normed, weight, None)
+            )
             total = native.add(total, native.packed_linear(hidden, weight, None))
         return total
 

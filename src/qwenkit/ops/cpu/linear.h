@@ -51,53 +51,75 @@ inline void store_rows(const Target& to, int64_t token, int64_t row, int64_t row
 
 enum Scales { PER_GROUP, PER_GROUP_OFFSET, PER_CHANNEL };
 
-// 32 rows times MT tokens. int32 sums of one group live in registers, fp32 sums of all groups beside them.
-template <int BITS, Scales MODE, int MT>
+// How far ahead of its use memory is asked for. A tile reads its blocks side by side and the next tile the blocks after them, so near the
+// end of its block a stream goes on in the next tile's; not where many tokens come back to the same two blocks.
+constexpr int64_t AHEAD = 2048;
+inline int64_t ahead_of(int64_t at, int64_t block_bytes, int blocks) {
+  return blocks == 2 || at + AHEAD < block_bytes ? AHEAD : AHEAD + (blocks - 1) * block_bytes;
+}
+
+// Four inputs of R blocks and MT tokens, whose rows lie `stride` bytes apart.
+template <int R, int MT>
+inline void add_products(I16 (&sum)[R][MT], const I16 (&q)[R], const int8_t* x, int64_t stride) {
+  QK_UNROLL
+  for (int t = 0; t < MT; t++) {
+    const I16 four = i_broadcast(x + t * stride);
+    for (int r = 0; r < R; r++) sum[r][t] = i_dot(sum[r][t], q[r], four);
+  }
+}
+
+// R blocks of 16 rows times MT tokens. int32 sums of one group live in registers, fp32 sums of all groups beside them.
+template <int BITS, Scales MODE, int R, int MT>
 inline void packed_tile(const Packed& w, int64_t block, const Quantized& a, int64_t token, const Target& to) {
   const int64_t groups = w.cols / w.group, group_bytes = w.group * 2 * BITS, block_bytes = w.cols * 2 * BITS;
   const float zero = BITS == 4 ? 8.0f : 128.0f;
-  F16 total[2][MT];
+  F16 total[R][MT];
   QK_UNROLL
-  for (int t = 0; t < MT; t++) total[0][t] = total[1][t] = f_zero();
-  for (int64_t g = 0; g < groups; g++) {
-    const uint8_t* w0 = w.q + block * block_bytes + g * group_bytes;
-    const uint8_t* w1 = w0 + block_bytes;
-    const int8_t* x = a.q + token * w.cols + g * w.group;
-    I16 sum[2][MT];
+  for (int r = 0; r < R; r++)
     QK_UNROLL
-    for (int t = 0; t < MT; t++) sum[0][t] = sum[1][t] = i_set1(0);
-    for (int64_t bytes = 0; bytes < group_bytes; bytes += 64, x += 32 / BITS) {
-      const I16 a0 = i_load(w0 + bytes), a1 = i_load(w1 + bytes);
-      __builtin_prefetch(w0 + bytes + 2048);
-      __builtin_prefetch(w1 + bytes + 2048);
-      const I16 l0 = BITS == 4 ? i_low_nibbles(a0) : a0, l1 = BITS == 4 ? i_low_nibbles(a1) : a1;
+    for (int t = 0; t < MT; t++) total[r][t] = f_zero();
+  if (MT > 2)  // results of many tokens lie far apart and in no cache
+    for (int t = 0; t < MT; t++)
+      for (int r = 0; r < R; r++) __builtin_prefetch(to.y + (token + t) * to.stride + (block + r) * 16, 1);
+  for (int64_t g = 0; g < groups; g++) {
+    const uint8_t* from = w.q + block * block_bytes + g * group_bytes;
+    const int8_t* x = a.q + token * w.cols + g * w.group;
+    const int64_t ahead = ahead_of(g * group_bytes, block_bytes, R);
+    I16 sum[R][MT];
+    QK_UNROLL
+    for (int r = 0; r < R; r++)
       QK_UNROLL
-      for (int t = 0; t < MT; t++) {
-        const I16 four = i_broadcast(x + t * w.cols);
-        sum[0][t] = i_dot(sum[0][t], l0, four);
-        sum[1][t] = i_dot(sum[1][t], l1, four);
+      for (int t = 0; t < MT; t++) sum[r][t] = i_set1(0);
+    for (int64_t bytes = 0; bytes < group_bytes; bytes += 64, x += 32 / BITS) {
+      I16 q[R], low[R];
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
+        q[r] = i_load(from + r * block_bytes + bytes);
+        __builtin_prefetch(from + r * block_bytes + bytes + ahead);
+        low[r] = BITS == 4 ? i_low_nibbles(q[r]) : q[r];
       }
+      add_products<R, MT>(sum, low, x, w.cols);
       if (BITS == 4) {
-        const I16 h0 = i_high_nibbles(a0), h1 = i_high_nibbles(a1);
         QK_UNROLL
-        for (int t = 0; t < MT; t++) {
-          const I16 four = i_broadcast(x + t * w.cols + 4);
-          sum[0][t] = i_dot(sum[0][t], h0, four);
-          sum[1][t] = i_dot(sum[1][t], h1, four);
-        }
+        for (int r = 0; r < R; r++) q[r] = i_high_nibbles(q[r]);
+        add_products<R, MT>(sum, q, x + 4, w.cols);
       }
     }
-    F16 scale[2], offset[2];
+    F16 scale[R], offset[R];
     if (MODE != PER_CHANNEL)
-      for (int r = 0; r < 2; r++) {
-        const int64_t at = ((block + r) * groups + g) * 16;
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
+        const int64_t at = ((block + r) * groups + g) * 16, in_next_tile = at + R * groups * 16;
+        if (R > 2) __builtin_prefetch(w.scale + in_next_tile);
+        if (R > 2 && MODE == PER_GROUP_OFFSET) __builtin_prefetch(w.offset + in_next_tile);
         scale[r] = f_half(w.scale + at);
         offset[r] = MODE == PER_GROUP_OFFSET ? f_half(w.offset + at) : f_mul(scale[r], f_set1(-zero));
       }
     QK_UNROLL
     for (int t = 0; t < MT; t++) {
       const F16 xs = f_set1(a.scale[(token + t) * groups + g]), xsum = f_set1(a.sum[(token + t) * groups + g]);
-      for (int r = 0; r < 2; r++) {
+      QK_UNROLL
+      for (int r = 0; r < R; r++) {
         const F16 products = f_of_i(sum[r][t]);
         if (MODE == PER_CHANNEL)
           total[r][t] = f_fma(xsum, f_set1(-zero), f_fma(products, xs, total[r][t]));
@@ -106,40 +128,53 @@ inline void packed_tile(const Packed& w, int64_t block, const Quantized& a, int6
       }
     }
   }
-  for (int r = 0; r < 2; r++) {
-    const int64_t row = (block + r) * 16;
-    for (int t = 0; t < MT; t++)
+  QK_UNROLL
+  for (int t = 0; t < MT; t++)
+    QK_UNROLL
+    for (int r = 0; r < R; r++) {
+      const int64_t row = (block + r) * 16;
       store_rows(to, token + t, row, w.rows, MODE == PER_CHANNEL ? f_mul(total[r][t], f_load(w.row_scale + row)) : total[r][t]);
-  }
+    }
 }
 
-// Blocks of rows are dealt to threads; a block of tokens whose activations fit the second-level cache meets all of a thread's
-// rows before the next one does.
-template <class Tile12, class Tile4, class Tile2, class Tile1>
-inline void over_tiles(int64_t tokens, int64_t rows, int64_t token_bytes, int thread, int threads, Tile12 tile12, Tile4 tile4,
-                       Tile2 tile2, Tile1 tile1) {
+// Blocks of rows are dealt to threads in pairs; a span of tokens whose activations fit the second-level cache meets all of a thread's
+// rows before the next one does. One or two tokens wait for memory, which gives more to four streams than to two. `tile` is called
+// with its shape (blocks, tokens) as types, a block and a token.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <class Tile>
+inline void over_tiles(int64_t tokens, int64_t rows, int64_t token_bytes, int thread, int threads, Tile tile) {
   const int64_t pairs = (rows + 31) / 32, first = pairs * thread / threads, last = pairs * (thread + 1) / threads;
+  if (tokens == 1 || tokens == 2) {
+    const auto few = [&](auto blocks, int64_t pair) {
+      tokens == 1 ? tile(blocks, Count<1>(), 2 * pair, 0) : tile(blocks, Count<2>(), 2 * pair, 0);
+    };
+    int64_t pair = first;
+    for (; pair + 2 <= last; pair += 2) few(Count<4>(), pair);
+    if (pair < last) few(Count<2>(), pair);
+    return;
+  }
   int64_t span = (600 << 10) / token_bytes / 12 * 12;
   if (span < 12) span = 12;
   for (int64_t from = 0; from < tokens; from += span) {
     const int64_t end = from + span < tokens ? from + span : tokens;
     for (int64_t pair = first; pair < last; pair++) {
       int64_t t = from;
-      for (; t + 12 <= end; t += 12) tile12(2 * pair, t);
-      for (; t + 4 <= end; t += 4) tile4(2 * pair, t);
-      for (; t + 2 <= end; t += 2) tile2(2 * pair, t);
-      for (; t < end; t++) tile1(2 * pair, t);
+      for (; t + 12 <= end; t += 12) tile(Count<2>(), Count<12>(), 2 * pair, t);
+      for (; t + 4 <= end; t += 4) tile(Count<2>(), Count<4>(), 2 * pair, t);
+      for (; t + 2 <= end; t += 2) tile(Count<2>(), Count<2>(), 2 * pair, t);
+      for (; t < end; t++) tile(Count<2>(), Count<1>(), 2 * pair, t);
     }
   }
 }
 
 template <int BITS, Scales MODE>
 inline void packed_linear(const Packed& w, const Quantized& a, const Target& to, int64_t tokens, int thread, int threads) {
-  over_tiles(
-      tokens, w.rows, w.cols, thread, threads, [&](int64_t b, int64_t t) { packed_tile<BITS, MODE, 12>(w, b, a, t, to); },
-      [&](int64_t b, int64_t t) { packed_tile<BITS, MODE, 4>(w, b, a, t, to); },
-      [&](int64_t b, int64_t t) { packed_tile<BITS, MODE, 2>(w, b, a, t, to); },
-      [&](int64_t b, int64_t t) { packed_tile<BITS, MODE, 1>(w, b, a, t, to); });
+  over_tiles(tokens, w.rows, w.cols, thread, threads, [&](auto blocks, auto count, int64_t block, int64_t token) {
+    packed_tile<BITS, MODE, blocks.value, count.value>(w, block, a, token, to);
+  });
 }
 
 inline Packed packed_of(const Op& op) {
@@ -164,29 +199,37 @@ void linear(const Op& op, int thread, int threads) {
   }
 }
 
-// 32 rows times MT tokens, fp32 sums in registers; the two bf16 of a lane become two fp32 vectors.
-template <int MT>
+// R blocks of 16 rows times MT tokens, fp32 sums in registers; the two bf16 of a lane become two fp32 vectors.
+template <int R, int MT>
 inline void bf16_tile(const uint8_t* q, int64_t rows, int64_t cols, int64_t block, const float* x, int64_t token, const Target& to) {
-  const uint8_t* w0 = q + block * cols * 32;
-  const uint8_t* w1 = w0 + cols * 32;
-  F16 total[2][MT];
+  const int64_t block_bytes = cols * 32;
+  const uint8_t* from = q + block * block_bytes;
+  F16 total[R][MT];
   QK_UNROLL
-  for (int t = 0; t < MT; t++) total[0][t] = total[1][t] = f_zero();
-  for (int64_t k = 0; k < cols; k += 2) {
-    const I16 a0 = i_load(w0 + k * 32), a1 = i_load(w1 + k * 32);
-    __builtin_prefetch(w0 + k * 32 + 2048);
-    __builtin_prefetch(w1 + k * 32 + 2048);
-    const F16 e0 = f_even_bf16(a0), e1 = f_even_bf16(a1), o0 = f_odd_bf16(a0), o1 = f_odd_bf16(a1);
+  for (int r = 0; r < R; r++)
+    QK_UNROLL
+    for (int t = 0; t < MT; t++) total[r][t] = f_zero();
+  for (int64_t k = 0; k < cols; k += 2, from += 64) {
+    const int64_t ahead = ahead_of(k * 32, block_bytes, R);
+    I16 pair[R];
+    QK_UNROLL
+    for (int r = 0; r < R; r++) {
+      pair[r] = i_load(from + r * block_bytes);
+      __builtin_prefetch(from + r * block_bytes + ahead);
+    }
     QK_UNROLL
     for (int t = 0; t < MT; t++) {
       const float* at = x + (token + t) * cols + k;
       const F16 even = f_set1(at[0]), odd = f_set1(at[1]);
-      total[0][t] = f_fma(o0, odd, f_fma(e0, even, total[0][t]));
-      total[1][t] = f_fma(o1, odd, f_fma(e1, even, total[1][t]));
+      QK_UNROLL
+      for (int r = 0; r < R; r++)
+        total[r][t] = f_fma(f_odd_bf16(pair[r]), odd, f_fma(f_even_bf16(pair[r]), even, total[r][t]));
     }
   }
-  for (int r = 0; r < 2; r++)
-    for (int t = 0; t < MT; t++) store_rows(to, token + t, (block + r) * 16, rows, total[r][t]);
+  QK_UNROLL
+  for (int t = 0; t < MT; t++)
+    QK_UNROLL
+    for (int r = 0; r < R; r++) store_rows(to, token + t, (block + r) * 16, rows, total[r][t]);
 }
 
 // p: y, q, -, -, -, x, -, -, bias; n: tokens, rows, cols (even)
@@ -195,11 +238,9 @@ void linear_bf16(const Op& op, int thread, int threads) {
   const float* x = (const float*)op.p[5];
   const int64_t rows = op.n[1], cols = op.n[2];
   const Target to = {(float*)op.p[0], rows, (const float*)op.p[8]};
-  over_tiles(
-      op.n[0], rows, cols * 4, thread, threads, [&](int64_t b, int64_t t) { bf16_tile<12>(q, rows, cols, b, x, t, to); },
-      [&](int64_t b, int64_t t) { bf16_tile<4>(q, rows, cols, b, x, t, to); },
-      [&](int64_t b, int64_t t) { bf16_tile<2>(q, rows, cols, b, x, t, to); },
-      [&](int64_t b, int64_t t) { bf16_tile<1>(q, rows, cols, b, x, t, to); });
+  over_tiles(op.n[0], rows, cols * 4, thread, threads, [&](auto blocks, auto count, int64_t block, int64_t token) {
+    bf16_tile<blocks.value, count.value>(q, rows, cols, block, x, token, to);
+  });
 }
 
 // p: y, q, scale, offset, row_scale, ids (int64); n: tokens, rows, cols, group, bits (4, 8 or 16). Gathers rows as fp32.
