@@ -52,6 +52,8 @@ def test_greedy_continuations_equal_transformers(model_file: Path) -> None:
 
 def test_a_sensible_answer(model_file: Path) -> None:
     llm = LLM(model_file, max_model_len=256)
-    (output,) = llm.chat([{"role": "user", "content": "What is the capital of Germany?"}], SamplingParams(max_tokens=40))
+    (output,) = llm.chat(
+        [{"role": "user", "content": "What is the capital of Germany?"}], SamplingParams(max_tokens=40)
+    )
     assert "Berlin" in output.text
     assert output.completions[0].finish_reason == "stop"

@@ -110,7 +110,9 @@ def their_model(config: TrainConfig, folder: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent if place else path, dtype=torch.float32, **place
     )
-    model.is_quantized = False  # what it says of every GGUF, though its weights are float32 now; its Trainer would refuse
+    model.is_quantized = (
+        False  # what it says of every GGUF, though its weights are float32 now; its Trainer would refuse
+    )
     if config.method != "lora":
         return model
     checkpoint = open_checkpoint(path)
