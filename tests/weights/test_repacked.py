@@ -33,6 +33,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "packed"
 
 
+@pytest.fixture(params=[0.0, repacked.LARGEST_SHARE], ids=["mapped", "read"])
+def mapped_or_read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repacked, "LARGEST_SHARE", request.param)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save(tmp_path / "model", "qwen3")
@@ -48,7 +53,7 @@ def load(source: Path, cache: Path, weights: str = "int4") -> Qwen:
     return load_packed(open_checkpoint(source), weights, cache, smallest=0)
 
 
-def mapped(source: Path, cache: Path, weights: str = "int4") -> Qwen:
+def loaded_again(source: Path, cache: Path, weights: str = "int4") -> Qwen:
     """A second load, which must not look at the source's tensors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repacked, "load_model", lambda *_, **__: pytest.fail("it was packed again"))
@@ -93,7 +98,7 @@ def test_the_second_load_equals_the_first(tmp_path: Path, cache: Path, model_typ
     config = ModelConfig.from_dict(open_checkpoint(source).config)
     expected = load_model(source, dtype=torch.float32, swaps=[packing(config, weights)])
     assert_equal(load(source, cache, weights), expected)
-    again = mapped(source, cache, weights)
+    again = loaded_again(source, cache, weights)
     assert_equal(again, expected)
     assert only_file(cache)
     head, embedding = again.get_submodule("lm_head"), again.get_submodule("model.embed_tokens")
@@ -109,42 +114,44 @@ def test_a_gguf_file(tmp_path: Path, cache: Path, model_type: str) -> None:
     write(source, random_model(tiny_config(model_type)), kind="Q4_1")
     expected = load(source, cache)
     assert {matrix.weight.bits for matrix in packed_matrices(expected).values()} == {4}
-    assert_equal(mapped(source, cache), expected)
+    assert_equal(loaded_again(source, cache), expected)
 
 
 def test_a_tied_head_that_cannot_be_packed_stays_shared(tmp_path: Path, cache: Path) -> None:
     """40 inputs do not divide into groups: embedding, head and most of the rest are plain, and one tensor is two."""
     source = save(tmp_path / "model", "qwen3", hidden_size=40)
     expected = load(source, cache)
-    again = mapped(source, cache)
+    again = loaded_again(source, cache)
     assert_equal(again, expected)
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
-def test_tensors_lie_aligned_and_apart_in_the_map(folder: Path, cache: Path) -> None:
+@pytest.mark.usefixtures("mapped_or_read")
+def test_tensors_lie_aligned_and_apart(folder: Path, cache: Path) -> None:
     load(folder, cache)
-    again = mapped(folder, cache)
+    again = loaded_again(folder, cache)
     found = [value for value in tensors(again).values() if isinstance(value, torch.Tensor)]
     assert all(tensor.data_ptr() % 64 == 0 for tensor in found)
     starts = {tensor.data_ptr() for tensor in found}
     assert {tensor.untyped_storage().data_ptr() for tensor in found} == starts
 
 
-def test_writing_to_a_mapped_model_leaves_the_file_alone(folder: Path, cache: Path) -> None:
+@pytest.mark.usefixtures("mapped_or_read")
+def test_writing_to_a_model_leaves_the_file_alone(folder: Path, cache: Path) -> None:
     expected = load(folder, cache)
     before = only_file(cache).read_bytes()
-    changed = mapped(folder, cache)
+    changed = loaded_again(folder, cache)
     with torch.no_grad():
         changed.model.norm.weight.fill_(7)
     assert only_file(cache).read_bytes() == before
-    assert_equal(mapped(folder, cache), expected)
+    assert_equal(loaded_again(folder, cache), expected)
 
 
 def test_settings_do_not_share_a_file(folder: Path, cache: Path) -> None:
     models = {weights: load(folder, cache, weights) for weights in ("bf16", "int8", "int4")}
     assert len(list(cache.iterdir())) == 3
     for weights, model in models.items():
-        assert_equal(mapped(folder, cache, weights), model)
+        assert_equal(loaded_again(folder, cache, weights), model)
 
 
 def change_time(folder: Path) -> None:
@@ -243,7 +250,7 @@ def test_a_damaged_file_is_made_again(folder: Path, cache: Path, damage: Any, ca
     assert_equal(load(folder, cache), expected)
     assert f"{path} cannot be used and is made again" in caplog.text
     assert only_file(cache).read_bytes() == whole
-    assert_equal(mapped(folder, cache), expected)
+    assert_equal(loaded_again(folder, cache), expected)
 
 
 def test_a_file_of_another_model_is_made_again(tmp_path: Path, cache: Path, folder: Path) -> None:
@@ -253,7 +260,7 @@ def test_a_file_of_another_model_is_made_again(tmp_path: Path, cache: Path, fold
     expected = load(folder, tmp_path / "elsewhere")
     of_other.rename(cache / only_file(tmp_path / "elsewhere").name)
     assert_equal(load(folder, cache), expected)
-    assert_equal(mapped(folder, cache), expected)
+    assert_equal(loaded_again(folder, cache), expected)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
@@ -307,7 +314,7 @@ def test_the_least_recently_used_make_room(
     load(folder, cache, "int8")
     (used,) = set(cache.iterdir()) - {oldest}
     os.utime(used, (500, 500))
-    mapped(folder, cache, "int8")  # which makes it the latest
+    loaded_again(folder, cache, "int8")  # which makes it the latest
     other = save(tmp_path / "other", "qwen3", num_hidden_layers=2)
     load(other, tmp_path / "elsewhere")
     needed = only_file(tmp_path / "elsewhere").stat().st_size
