@@ -7,12 +7,14 @@ that is preempted or batched differently draws the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 
 from qwenkit import ops
 from qwenkit.engine.request import Sequence, TokenLogprob
-from qwenkit.engine.sampling import GREEDY_BELOW
+from qwenkit.engine.sampling import GREEDY_BELOW, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
         for row, sequence in enumerate(sequences)
         if sequence.params.logprobs is not None
     }
-    for row, sequence in zip(logits, sequences, strict=True):
-        _adjust(row, sequence)
+    for row, sequence in enumerate(sequences):
+        if _is_adjusted(sequence):
+            _adjust(logits[row], sequence)
     tokens: list[int] = ops.sample(logits, *_settings(sequences)).tolist()
     return [
         Sampled(
@@ -74,22 +77,40 @@ def _mixed(state: int) -> int:
 
 def _settings(sequences: list[Sequence]) -> tuple[torch.Tensor, ...]:
     """What `ops.sample` wants to know of each row: temperature, top_k, top_p, min_p and the random number."""
-    temperature, top_k, top_p, min_p, numbers = [], [], [], [], []
-    for sequence in sequences:
-        params = sequence.params
-        assert params.temperature is not None
-        greedy = params.temperature < GREEDY_BELOW
-        temperature.append(0.0 if greedy else params.temperature)
-        top_k.append(max(params.top_k or 0, 0))
-        top_p.append(params.top_p or 1.0)
-        min_p.append(params.min_p or 0.0)
-        numbers.append(0.0 if greedy else uniform(sequence.seed, sequence.index, sequence.num_output))
-    return (
-        torch.tensor(temperature),
-        torch.tensor(top_k),
-        torch.tensor(top_p),
-        torch.tensor(min_p),
-        torch.tensor(numbers, dtype=torch.float64),
+    rows = tuple(_limits(sequence.params) for sequence in sequences)
+    numbers = [
+        uniform(sequence.seed, sequence.index, sequence.num_output) if row[0] else 0.0
+        for sequence, row in zip(sequences, rows, strict=True)
+    ]
+    return (*_as_tensors(rows), torch.tensor(numbers, dtype=torch.float64))
+
+
+_Limits: TypeAlias = tuple[float, int, float, float]
+
+
+def _limits(params: SamplingParams) -> _Limits:
+    """Temperature (0: greedy), top_k, top_p and min_p."""
+    assert params.temperature is not None
+    temperature = 0.0 if params.temperature < GREEDY_BELOW else params.temperature
+    return temperature, max(params.top_k or 0, 0), params.top_p or 1.0, params.min_p or 0.0
+
+
+@lru_cache(maxsize=64)  # a batch keeps its rows for many steps
+def _as_tensors(rows: tuple[_Limits, ...]) -> tuple[torch.Tensor, ...]:
+    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
+    return torch.tensor(temperature), torch.tensor(top_k), torch.tensor(top_p), torch.tensor(min_p)
+
+
+def _is_adjusted(sequence: Sequence) -> bool:
+    """Whether `_adjust` would change anything."""
+    params = sequence.params
+    return bool(
+        params.logit_bias
+        or sequence.matcher is not None
+        or params.repetition_penalty not in (None, 1.0)
+        or params.frequency_penalty
+        or params.presence_penalty
+        or sequence.num_output < params.min_tokens
     )
 
 

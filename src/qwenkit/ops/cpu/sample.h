@@ -50,6 +50,15 @@ inline float peak_of(const float* row, int64_t size) {
   return nan ? NAN : std::max(peak, f_hmax(largest));
 }
 
+// The first k whose logit is the peak.
+inline int64_t first_of(const float* row, int64_t size, float peak) {
+  int64_t k = 0;
+  for (; k + 16 <= size; k += 16)
+    if (const uint32_t lanes = f_ge(f_load(row + k), f_set1(peak))) return k + __builtin_ctz(lanes);
+  while (row[k] != peak) k++;
+  return k;
+}
+
 // weights[k] = exp((row[k] - peak) * inverse); returns their sum.
 inline double weigh(const float* row, int64_t size, float peak, float inverse, float* weights) {
   F16 sum = f_zero();
@@ -157,7 +166,7 @@ inline int64_t draw(const float* row, int64_t size, float temperature, int64_t t
   static thread_local std::vector<float> weights;
   const float peak = peak_of(row, size);
   if (!std::isfinite(peak)) return -1;
-  const int64_t likeliest_id = std::find(row, row + size, peak) - row;
+  const int64_t likeliest_id = first_of(row, size, peak);
   if (temperature <= 0) return likeliest_id;
   const float inverse = 1.0f / temperature;
   weights.resize(size);
