@@ -10,10 +10,11 @@ import base64
 import binascii
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import tiktoken
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -244,8 +245,9 @@ def _byte_level(
     steps: Steps,
     source: str,
 ) -> Vocabulary:
-    for token, id in vocab.items():
-        _check_id(token, id, source)
+    if not _are_ids(vocab.values()):
+        for token, id in vocab.items():
+            _check_id(token, id, source)
     specials = {token.content for token in added if token.special}
     if not specials.isdisjoint(vocab):
         # A control token the engine knew could come out of plain text: the engine forgets it and every way to it.
@@ -255,8 +257,7 @@ def _byte_level(
         if a not in vocab or b not in vocab or a + b not in vocab:
             raise ValueError(f"{source}: the merge of {a!r} and {b!r} is not between tokens of the vocabulary")
     model = _library(lambda: models.BPE(dict(vocab), merges, ignore_merges=steps.ignore_merges), source)
-    byte_of = _byte_of_character()
-    ordinary = {id: _token_bytes(token, byte_of) for token, id in vocab.items()}
+    ordinary = dict(zip(vocab.values(), _bytes_of_tokens(vocab), strict=True))
     return Vocabulary(ordinary, added, ByteLevelEngine(model, steps))
 
 
@@ -267,21 +268,38 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _token_bytes(token: str, byte_of: Mapping[str, int]) -> bytes:
-    try:
-        return bytes(map(byte_of.__getitem__, token))
-    except KeyError:  # not in the stand-in alphabet: a token that was written as it reads
-        return token.encode("utf-8", "replace")
+def _bytes_of_tokens(tokens: Iterable[str]) -> Iterator[bytes]:
+    """What each token stands for. All are looked up as one text, which takes a third of the time of one by one."""
+    byte_of = _byte_of_character()
+    tokens = list(tokens)
+    joined = "".join(tokens)
+    if set(joined) <= byte_of.keys():
+        data = joined.translate({ord(character): byte for character, byte in byte_of.items()}).encode("latin-1")
+        ends = list(accumulate(map(len, tokens), initial=0))
+        yield from (data[start:end] for start, end in pairwise(ends))
+        return
+    for token in tokens:
+        try:
+            yield bytes(map(byte_of.__getitem__, token))
+        except KeyError:  # not in the stand-in alphabet: a token that was written as it reads
+            yield token.encode("utf-8", "replace")
 
 
 def _merge_pairs(merges: Iterable[Any], source: str) -> list[tuple[str, str]]:
-    pairs = []
-    for number, merge in enumerate(merges, 1):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise ValueError(f"{source}: merge {number} is {merge!r}, not a pair of tokens")
-        pairs.append((pair[0], pair[1]))
-    return pairs
+    given = list(merges)
+    # a merge that is none becomes (None,), which is told below
+    pairs = [
+        tuple(merge.split(" "))
+        if isinstance(merge, str)
+        else tuple(merge)
+        if isinstance(merge, list | tuple)
+        else (None,)
+        for merge in given
+    ]
+    if set(map(len, pairs)) - {2} or set(map(type, chain.from_iterable(pairs))) - {str}:
+        number = next(i for i, pair in enumerate(pairs) if len(pair) != 2 or not all(isinstance(x, str) for x in pair))
+        raise ValueError(f"{source}: merge {number + 1} is {given[number]!r}, not a pair of tokens")
+    return cast(list[tuple[str, str]], pairs)
 
 
 def _added_token(entry: Mapping[str, Any], id: Any, path: Path) -> AddedToken:
@@ -296,6 +314,11 @@ def _added_token(entry: Mapping[str, Any], id: Any, path: Path) -> AddedToken:
 def _check_id(token: str, id: Any, source: str) -> None:
     if type(id) is not int or not 0 <= id < MAX_TOKEN_ID:
         raise ValueError(f"{source}: token {token!r} has the id {id!r}, not a number from 0 to {MAX_TOKEN_ID - 1}")
+
+
+def _are_ids(ids: Collection[Any]) -> bool:
+    """The same of all at once."""
+    return not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < MAX_TOKEN_ID)
 
 
 def _looks_special(token: str) -> bool:
