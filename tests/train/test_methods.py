@@ -23,6 +23,8 @@ from qwenkit.train.targets import choose_linears
 from qwenkit.weights.checkpoint import open_checkpoint
 from qwenkit.weights.load import load_model
 from tests.tiny_models import write_model, write_tokenizer
+from tests.weights.test_gguf_model import random_model, tiny_config
+from tests.weights.test_gguf_model import write as write_gguf
 from tests.weights.test_gptq_awq import quantized_folder
 
 PROMPT = [5, 9, 200, 31]
@@ -216,6 +218,19 @@ def test_lora_over_gptq_keeps_it_packed(tmp_path: Path) -> None:
         ValueError, match="quantized by GPTQ or AWQ, whose matrices cannot be trained; allowed are lora"
     ):
         prepared(base, method="full")
+
+
+def test_qlora_over_a_gguf_keeps_its_own_four_bits(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    write_gguf(path, random_model(tiny_config("llama")), kind="Q4_1")
+    dequantized = logits(load_model(path, dtype=torch.float32))
+    model, _ = prepared(path, method="qlora")
+    bases = [module.base for module in model.modules() if isinstance(module, LoRALinear)]
+    assert bases
+    assert all(isinstance(base, PackedBase) and base.packed.bits == 4 for base in bases)
+    torch.testing.assert_close(logits(model), dequantized, atol=1e-4, rtol=1e-4)
+    model, _ = prepared(path, method="lora")
+    assert not any(isinstance(module, PackedBase) for module in model.modules())
 
 
 def test_a_reward_model_is_one_of_transformers(tmp_path: Path) -> None:

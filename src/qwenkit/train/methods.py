@@ -61,19 +61,23 @@ def outline_model(
 ) -> tuple[Qwen, dict[str, StoredTensor]]:
     """The same with a base that has no memory (on the meta device), and what the checkpoint has for it: `fill_slices` reads it.
 
-    New parameters, of an adapter or a score, have their values already, on `device`. Not for GPTQ and AWQ: see `can_outline`.
+    New parameters, of an adapter or a score, have their values already, on `device`. See `can_outline`.
     """
     stored: dict[str, StoredTensor] = {}
     return _prepared(config, checkpoint, device, stored, False), stored
 
 
-def can_outline(checkpoint: Checkpoint) -> bool:
+def can_outline(checkpoint: Checkpoint, method: str) -> bool:
     """Whether parts of a model can be read: packed matrices know their form only when they were read whole."""
-    return not _packed(checkpoint)
+    return not _packed(checkpoint, method)
 
 
-def _packed(checkpoint: Checkpoint) -> set[str]:
-    return {stored.name for stored in checkpoint.tensors() if stored.dtype.startswith("CODES")}
+def _packed(checkpoint: Checkpoint, method: str) -> set[str]:
+    """Names of the matrices that stay as the checkpoint has them: those of GPTQ and AWQ, and for qlora 4-bit blocks of GGUF,
+    which NF4 would round a second time.
+    """
+    kept = ("CODES", "Q4_0", "Q4_1") if method == "qlora" else ("CODES",)
+    return {stored.name for stored in checkpoint.tensors() if stored.dtype.startswith(kept)}
 
 
 def _prepared(
@@ -84,7 +88,7 @@ def _prepared(
     progress: bool,
 ) -> Qwen:
     """`outlined`, where it is given, gets what the checkpoint has for a base that stays without memory."""
-    packed = _packed(checkpoint)
+    packed = _packed(checkpoint, config.method)
     if packed and config.method not in ADAPTERS:
         raise ValueError(
             f"method is {config.method!r}, but {checkpoint.path} is quantized by GPTQ or AWQ, whose matrices cannot be trained; "

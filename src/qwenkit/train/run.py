@@ -96,7 +96,7 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
     }
     say(str(data["train"].report))
     shared = world.shard > 1 or world.tensor > 1
-    sliced = shared and can_outline(checkpoint)
+    sliced = shared and can_outline(checkpoint, config.method)
     if sliced:
         model, stored = outline_model(config, checkpoint, world.device)
     else:
