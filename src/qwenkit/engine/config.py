@@ -29,7 +29,9 @@ class EngineConfig:
     kv_memory: str | None = option(None, "memory for keys and values, such as 2GiB (default: a share of what is free)")
     kv_cache_dtype: str = option("auto", "keys and values in memory: auto, float32, bfloat16, float16, int8 or int4")
     max_num_seqs: int = option(64, "how many requests run at the same time")
-    max_batch_tokens: int = option(2048, "most tokens in one step; longer prompts are read in chunks")
+    max_batch_tokens: int = option(
+        512, "most tokens in one step; longer prompts are read in chunks (more need more memory; GPUs like 2048)"
+    )
     block_size: int = option(16, "tokens in one block of the key/value cache")
     prefix_cache: bool = option(True, "reuse keys and values of prompts that begin alike")
     graphs: bool = option(True, "record a decode step once and replay it")

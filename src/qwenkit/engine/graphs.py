@@ -9,8 +9,9 @@ watches for it: such a model is run the ordinary way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,9 @@ from qwenkit.ops.cpu.native import NativeOps
 # Torch calls that a replay need not repeat: they make memory, or look at the same memory again.
 _MAKES_MEMORY = {"empty", "empty_like"}
 _MAKES_VIEWS = {"to", "view", "unflatten", "flatten", "unsqueeze", "select", "unbind", "as_strided"}
+
+
+Angles: TypeAlias = tuple[np.ndarray, np.ndarray]  # cosines and sines of every position, each (length, rotary_dim / 2)
 
 
 class _NotRecordableError(Exception):
@@ -62,7 +66,10 @@ class DecodeGraphs:
         self._steps: dict[int, _Step] = {}
         self._recordable = model.config.moe is None and model.config.logn_length is None
         length = max_blocks * caches[0].block_size
-        self._table = Positions.of(model.config, torch.arange(length), None) if self._recordable else None
+        self._angles: Angles | None = None
+        if self._recordable:
+            positions = Positions.of(model.config, torch.arange(length), None)
+            self._angles = positions.cos.numpy(), positions.sin.numpy()
 
     def run(self, rows: list[Row]) -> torch.Tensor | None:
         """Logits (N, vocab_size) of N rows, or None where the step has to be run the ordinary way.
@@ -82,8 +89,8 @@ class DecodeGraphs:
                 self._recordable = False
                 return None
             self._steps[size] = step
-        assert self._table is not None
-        return step.run(rows, self._table)[: len(rows)]
+        assert self._angles is not None
+        return step.run(rows, self._angles)[: len(rows)]
 
 
 def _size_for(rows: int) -> int:
@@ -111,18 +118,19 @@ class _Step:
         slots = torch.full((size,), spare * self._block_size)
         lengths = torch.ones(size, dtype=torch.int64)
         tables = torch.full((size, max_blocks), spare, dtype=torch.int32)
-        self._cos, self._sin = torch.zeros(size, half), torch.zeros(size, half)
+        cos, sin = torch.zeros(size, half), torch.zeros(size, half)
         places = torch.zeros(size, dtype=torch.int64)  # are positions: requests with a rotary stretch are not replayed
         ctx = Paged(caches, slots, torch.arange(size + 1), lengths, tables, places=places)
-        positions = Positions(self._cos, self._sin, None)
+        positions = Positions(cos, sin, None)
         with native.executor.record() as program, _Watch():
             self._logits = model.logits(model.model(ids, positions, ctx))
         self._replay = program.finish(native.executor.library)
         # the same memory as numpy sees it, which is quicker to write from lists
         self._ids, self._slots, self._lengths = ids.numpy(), slots.numpy(), lengths.numpy()
         self._tables, self._spare, self._places = tables.numpy(), spare, places.numpy()
+        self._cos, self._sin = cos.numpy(), sin.numpy()
 
-    def run(self, rows: list[Row], table: Positions) -> torch.Tensor:
+    def run(self, rows: list[Row], angles: Angles) -> torch.Tensor:
         count, block_size = len(rows), self._block_size
         positions = [row.sequence.num_computed for row in rows]
         for place, (row, position) in enumerate(zip(rows, positions, strict=True)):
@@ -136,8 +144,7 @@ class _Step:
         self._lengths[count:] = 1
         self._places[count:] = 0
         self._tables[count:, 0] = self._spare
-        index = torch.tensor(positions + [0] * (self._cos.shape[0] - count))
-        torch.index_select(table.cos, 0, index, out=self._cos)
-        torch.index_select(table.sin, 0, index, out=self._sin)
+        for table, rotated in zip(angles, (self._cos, self._sin), strict=True):
+            table.take(positions, axis=0, out=rotated[:count], mode="clip")  # any other mode writes to a copy first
         self._replay()
         return self._logits

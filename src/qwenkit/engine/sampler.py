@@ -78,11 +78,11 @@ def _mixed(state: int) -> int:
 def _settings(sequences: list[Sequence]) -> tuple[torch.Tensor, ...]:
     """What `ops.sample` wants to know of each row: temperature, top_k, top_p, min_p and the random number."""
     rows = tuple(_limits(sequence.params) for sequence in sequences)
-    numbers = [
-        uniform(sequence.seed, sequence.index, sequence.num_output) if row[0] else 0.0
-        for sequence, row in zip(sequences, rows, strict=True)
-    ]
-    return (*_as_tensors(rows), torch.tensor(numbers, dtype=torch.float64))
+    *limits, numbers = _as_tensors(rows)
+    if any(row[0] for row in rows):
+        drawn = [uniform(sequence.seed, sequence.index, sequence.num_output) for sequence in sequences]
+        numbers = torch.tensor(drawn, dtype=torch.float64)
+    return (*limits, numbers)
 
 
 _Limits: TypeAlias = tuple[float, int, float, float]
@@ -97,8 +97,10 @@ def _limits(params: SamplingParams) -> _Limits:
 
 @lru_cache(maxsize=64)  # a batch keeps its rows for many steps
 def _as_tensors(rows: tuple[_Limits, ...]) -> tuple[torch.Tensor, ...]:
+    """The columns, and zeros in the place of random numbers, which greedy rows do not look at."""
     temperature, top_k, top_p, min_p = zip(*rows, strict=True)
-    return torch.tensor(temperature), torch.tensor(top_k), torch.tensor(top_p), torch.tensor(min_p)
+    zeros = torch.zeros(len(rows), dtype=torch.float64)
+    return torch.tensor(temperature), torch.tensor(top_k), torch.tensor(top_p), torch.tensor(min_p), zeros
 
 
 def _is_adjusted(sequence: Sequence) -> bool:
