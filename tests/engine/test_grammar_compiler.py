@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -52,22 +53,21 @@ def test_verdicts(compiler: GrammarCompiler) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts processes by /proc")
 def test_a_bomb_is_stopped_in_time_and_leaves_nothing(tokenizer: Tokenizer) -> None:
     before = children()
-    compiler = GrammarCompiler(tokenizer, timeout=0.7)
-    compiler.check(GOOD)
-    (worker,) = children() - before
-    started = time.monotonic()
-    with pytest.raises(ValueError, match=r"longer to compile than the 0\.7 seconds allowed"):
-        compiler.check(BOMB)
-    assert time.monotonic() - started < 5
-    with pytest.raises(ProcessLookupError):
-        os.kill(worker, 0)
-    compiler.check(Grammar("regex", "[0-9]+"))
-    assert len(children() - before) == 1
-    started = time.monotonic()
-    with pytest.raises(ValueError, match="seconds allowed"):
-        compiler.check(BOMB)
-    assert time.monotonic() - started < 0.2, "a verdict is remembered, a bomb costs its time once"
-    compiler.close()
+    with closing(GrammarCompiler(tokenizer, timeout=0.7)) as compiler:
+        compiler.check(GOOD)
+        (worker,) = children() - before
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=r"longer to compile than the 0\.7 seconds allowed"):
+            compiler.check(BOMB)
+        assert time.monotonic() - started < 5
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+        compiler.check(Grammar("regex", "[0-9]+"))
+        assert len(children() - before) == 1
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="seconds allowed"):
+            compiler.check(BOMB)
+        assert time.monotonic() - started < 0.2, "a verdict is remembered, a bomb costs its time once"
     compiler.close()
     assert children() == before
     with pytest.raises(ValueError, match="the compiler is closed"):
