@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: demo test lint types clean
 
 demo: $(VENV)/.installed
-	$(BIN)/qwenkit chat smollm2 "What is the capital of France, and what is it known for?" --temperature 0 --max-tokens 80
+	$(BIN)/qwenkit chat smollm2 "Explain in one sentence why the sky is blue." --temperature 0 --max-tokens 80
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile
