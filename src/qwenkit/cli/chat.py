@@ -32,7 +32,7 @@ NOT_A_FLAG = ("seed",)  # --seed is the request's
     epilog="""\b
 Examples:
   qwenkit chat
-  qwenkit chat smollm2 "What is the capital of France?" --temperature 0
+  qwenkit chat smollm2 "What is the capital of Germany?" --temperature 0
   git diff | qwenkit chat Qwen/Qwen3-0.6B "Write a commit message for this."
   qwenkit chat qwen-plus --url https://dashscope.aliyuncs.com/compatible-mode/v1""",
 )

@@ -69,7 +69,7 @@ class Verbs(click.Group):
 @click.group(
     cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog='\b\nExample:\n  qwenkit chat smollm2 "What is the capital of France?"',
+    epilog='\b\nExample:\n  qwenkit chat smollm2 "What is the capital of Germany?"',
 )
 @click.version_option(package_name="qwenkit", prog_name="qwenkit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
