@@ -18,6 +18,7 @@ from qwenkit.train.parallel import World, fill_slices, local, wrap
 from qwenkit.weights import stored
 from qwenkit.weights.checkpoint import open_checkpoint
 from tests.train import ranks
+from tests.train.allocations import allocated
 
 STEPS = 2
 SIZES = {
@@ -55,17 +56,6 @@ def train(model: Qwen, world: World) -> list[float]:
     trained = list(trainable_parameters(model).values())
     losses, _ = ranks.train(model, torch.optim.SGD(trained, lr=0.1), world, range(STEPS))
     return losses
-
-
-def allocated(profiled: profile) -> int:
-    """The most that torch's allocator gave out at the same time."""
-    assert profiled.profiler is not None
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 class Reading(AbstractContextManager["Reading"]):

@@ -17,6 +17,7 @@ from qwenkit.train.methods import model_of_shapes, trainable_parameters
 from qwenkit.train.optim import Optimizer
 from qwenkit.train.plan import CUDA_CONTEXT, MemoryPlan, largest_batch, plan_memory
 from qwenkit.train.recompute import recompute_blocks
+from tests.train.allocations import allocated
 
 SMALL = ModelConfig.from_dict(
     {
@@ -72,14 +73,8 @@ def real_peak(sizes: ModelConfig, config: TrainConfig) -> int:
         for _ in range(config.gradient_accumulation_steps):
             token_loss_sum(model, batch, chunk=config.loss_chunk)[0].backward()
             optimizer.collect()
-    assert profiled.profiler is not None
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
     tensors = [*model.parameters(), *optimizer.tensors().values()]
-    return peak + sum(tensor.nbytes for tensor in tensors)
+    return allocated(profiled) + sum(tensor.nbytes for tensor in tensors)
 
 
 BASE = {"cutoff_len": 384, "per_device_train_batch_size": 2, "loss_chunk": 128, "dtype": "float32"}

@@ -33,9 +33,8 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
         for row, sequence in enumerate(sequences)
         if sequence.params.logprobs is not None
     }
-    for row, sequence in enumerate(sequences):
-        if _is_adjusted(sequence):
-            _adjust(logits[row], sequence)
+    for row, sequence in zip(logits, sequences, strict=True):
+        _adjust(row, sequence)
     tokens: list[int] = ops.sample(logits, *_settings(sequences)).tolist()
     return [
         Sampled(
@@ -101,19 +100,6 @@ def _as_tensors(rows: tuple[_Limits, ...]) -> tuple[torch.Tensor, ...]:
     temperature, top_k, top_p, min_p = zip(*rows, strict=True)
     zeros = torch.zeros(len(rows), dtype=torch.float64)
     return torch.tensor(temperature), torch.tensor(top_k), torch.tensor(top_p), torch.tensor(min_p), zeros
-
-
-def _is_adjusted(sequence: Sequence) -> bool:
-    """Whether `_adjust` would change anything."""
-    params = sequence.params
-    return bool(
-        params.logit_bias
-        or sequence.matcher is not None
-        or params.repetition_penalty not in (None, 1.0)
-        or params.frequency_penalty
-        or params.presence_penalty
-        or sequence.num_output < params.min_tokens
-    )
 
 
 def _adjust(row: torch.Tensor, sequence: Sequence) -> None:

@@ -160,9 +160,8 @@ class LoRALinear(nn.Module):
         weight, bias = base.weight, base.bias
         plain = type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype == x.dtype
         alike = plain and (bias is None or bias.dtype == x.dtype)
-        return alike and (
-            x.is_meta or not torch.is_autocast_enabled(x.device.type)
-        )  # meta, where plans are made, knows none
+        # the meta device, where plans are made, knows no autocast
+        return alike and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
 
     @torch.no_grad()
     def _lengths(self, dtype: torch.dtype) -> torch.Tensor:

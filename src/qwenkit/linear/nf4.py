@@ -157,9 +157,8 @@ def _dequantize_maxima(codes: torch.Tensor, groups: torch.Tensor) -> torch.Tenso
 def _look_up(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Both values of every byte, (bytes * 2,)."""
     table = _pairs(codes.device, dtype)
-    if (
-        codes.device.type == "cpu"
-    ):  # numpy takes by bytes twenty times as fast; of a copy, since fsdp frees what it has gathered
+    # numpy takes by bytes twenty times as fast; of a copy, since fsdp frees what it has gathered
+    if codes.device.type == "cpu":
         return torch.from_numpy(table.numpy().take(codes.flatten().clone().numpy())).view(dtype)
     return table.index_select(0, codes.flatten().int()).view(dtype)
 
