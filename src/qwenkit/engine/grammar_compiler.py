@@ -157,7 +157,9 @@ class GrammarCompiler:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+            # One arena of malloc: a thread's own would reserve 64 MiB of the address space that the worker limits, or not,
+            # as its place happens to be aligned.
+            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ} | {"MALLOC_ARENA_MAX": "1"},
             start_new_session=True,  # Ctrl-C is for the server, which still ends its requests
         )
         tokens = [base64.b64encode(token).decode() for token in self._vocabulary.tokens()]
