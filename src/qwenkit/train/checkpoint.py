@@ -21,6 +21,7 @@ import torch
 
 from qwenkit.train.parallel.sharded import load_sharded, save_sharded
 from qwenkit.train.parallel.world import World
+from qwenkit.weights.stored import read_json
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]  # folder -> name -> tensor
 STATE = "trainer_state.json"
@@ -186,17 +187,6 @@ def write_json(path: Path, value: Any) -> None:
     beside.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
     sync(beside)
     beside.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. FileNotFoundError, or ValueError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return value
 
 
 def sync(path: Path) -> None:

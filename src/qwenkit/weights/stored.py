@@ -147,9 +147,9 @@ def _read_into(path: Path, file: FileIO, offset: int, into: memoryview) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object. ValueError naming the file when it does not."""
+    """A JSON file that must hold an object, a byte order mark before it or not. FileNotFoundError; ValueError naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -210,6 +210,21 @@ def test_registry(write: Write, tmp_path: Path) -> None:
         find_sources(["gone"], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": ', r"dataset_info\.json is not valid JSON"),
+        (b'{"a": "\xff"}', r"dataset_info\.json is not valid JSON"),
+        (b"[]", r"dataset_info\.json must hold a JSON object, found a list"),
+        (b'\xef\xbb\xbf{"a": {}}', "a has no file_name"),  # Windows' editors put a byte order mark there
+    ],
+)
+def test_a_registry_that_is_none(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "dataset_info.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        find_sources(["a"], tmp_path)
+
+
 def test_the_demo_registry_is_understood(shared: Path) -> None:
     names = [
         "identity",

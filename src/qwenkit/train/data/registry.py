@@ -6,7 +6,6 @@ Only local files are read: an entry that points to a hub or a loading script is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 from qwenkit.train.config import nearest
 from qwenkit.train.data.files import file_kind
 from qwenkit.train.data.mindrecord import partitions
+from qwenkit.weights.stored import read_json
 
 REGISTRY = "dataset_info.json"
 FORMATS = ("auto", "alpaca", "sharegpt", "openai", "text", "wiki", "tokens")
@@ -62,7 +62,7 @@ def find_sources(names: Sequence[str], dataset_dir: Path) -> list[DataSource]:
     a local file; FileNotFoundError for an entry whose file is missing.
     """
     path = dataset_dir / REGISTRY
-    registry = _read_registry(path) if path.is_file() else {}
+    registry = read_json(path) if path.is_file() else {}
     sources = []
     for name in names:
         if name in registry:
@@ -75,16 +75,6 @@ def find_sources(names: Sequence[str], dataset_dir: Path) -> list[DataSource]:
             raise ValueError(f"dataset {name!r} is {where} and no file{hint}")
         sources.append(DataSource(name, _files(name, places[0], None, None)))
     return sources
-
-
-def _read_registry(path: Path) -> dict[str, Any]:
-    try:
-        registry = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON that can be read: {error}") from None
-    if not isinstance(registry, dict):
-        raise ValueError(f"{path} must hold an object: names of data sets and what they are")
-    return registry
 
 
 def _entry(name: str, entry: Any, folder: Path) -> DataSource:
