@@ -25,11 +25,12 @@ def written(
     pieces: list[list[AnswerEvent]], finish_reason: str = "stop", stop_reason: Any = None, stops: tuple[str, ...] = ()
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     writer = MessageWriter("m", stops)
+    last = Delta(0, 0, (), "", finish_reason=finish_reason, stop_reason=stop_reason)
     events = writer.start(counted())
     for piece in pieces:
         events += writer.push(piece)
-    events += writer.finish(finish_reason, stop_reason, counted(thinking=True))
-    return events, writer.message()
+    events += writer.finish(last, counted(thinking=True))
+    return events, writer.whole()
 
 
 def added_up(events: list[dict[str, Any]]) -> dict[str, Any]:

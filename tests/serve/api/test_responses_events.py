@@ -11,6 +11,7 @@ from qwenkit.engine.sampling import SamplingParams
 from qwenkit.serve.api.reply import Usage
 from qwenkit.serve.api.responses_events import ResponseWriter
 from qwenkit.serve.api.responses_protocol import ResponsesRequest
+from qwenkit.serve.errors import ApiError
 from qwenkit.text.answer import AnswerEvent
 
 CALL = [AnswerEvent("tool_call", "add", 0), AnswerEvent("arguments", '{"a": 1}', 0)]
@@ -31,11 +32,11 @@ def written(
     pieces: list[list[AnswerEvent]], finish_reason: str = "stop"
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     writing = writer()
-    events = writing.start()
+    events = writing.start(counted())
     for piece in pieces:
         events += writing.push(piece)
-    events += writing.finish(finish_reason, counted())
-    return events, writing.response()
+    events += writing.finish(Delta(0, 0, (), "", finish_reason=finish_reason), counted())
+    return events, writing.whole()
 
 
 def added_up(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,7 +109,7 @@ def test_what_was_asked_for_is_repeated() -> None:
         "tools": [tool],
         "tool_choice": choice,
     }
-    response = writer(**asked, text={"format": form}, reasoning={"effort": "low"}).response()
+    response = writer(**asked, text={"format": form}, reasoning={"effort": "low"}).whole()
     assert response.items() >= {"instructions": "A", "metadata": {"a": "b"}, "max_output_tokens": 3}.items()
     assert response["tools"] == [tool | {"description": None, "strict": False}]
     assert response["tool_choice"] == choice
@@ -126,8 +127,8 @@ def test_an_answer_cut_short_is_incomplete() -> None:
 
 def test_a_failure_ends_the_stream_with_what_there_was() -> None:
     writing = writer()
-    before = writing.start() + writing.push([AnswerEvent("content", "I ")])
-    (event,) = writing.fail("the server failed")
+    before = writing.start(counted()) + writing.push([AnswerEvent("content", "I ")])
+    (event,) = writing.fail(ApiError(500, "the server failed"))
     assert event["type"] == "response.failed"
     assert event["sequence_number"] == len(before)
     assert event["response"]["error"] == {"code": "server_error", "message": "the server failed"}

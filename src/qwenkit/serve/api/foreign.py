@@ -1,23 +1,25 @@
 """What the routes of other shapes than chat's share: the way into a chat request and out of it, the events on the wire.
 
 In: fields that messages_protocol and responses_protocol translated, events as objects. Out: a ChatRequest or the ApiError that
-says in the caller's words why not, the steps of its answer, bytes of named server-sent events.
+says in the caller's words why not, and what a Writer makes of the answer: JSON, or named server-sent events.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import orjson
+from fastapi import Response
 from pydantic import ValidationError
 
 from qwenkit.engine.request import Delta
 from qwenkit.serve.api.prepare import Prepared, events
 from qwenkit.serve.api.protocol import ChatRequest
 from qwenkit.serve.api.reply import Usage
+from qwenkit.serve.api.stream import EventStream
 from qwenkit.serve.errors import ApiError, refusal
 from qwenkit.serve.server import Server
 from qwenkit.text.answer import AnswerEvent
@@ -55,18 +57,59 @@ def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-async def answer(
-    server: Server, prepared: Prepared, http: Any
-) -> AsyncGenerator[tuple[list[AnswerEvent], Delta, Usage], None]:
-    """`events` of a request with one answer, counted. A model whose answers have no format gives plain text."""
+class Writer(Protocol):
+    """Writes one answer in its API's shape: `start`, `push` for each piece, then `finish` or `fail`: each gives events."""
+
+    def start(self, usage: Usage, /) -> Events: ...
+    def push(self, events: Sequence[AnswerEvent], /) -> Events: ...
+    def finish(self, last: Delta, usage: Usage, /) -> Events: ...
+    def fail(self, error: ApiError, /) -> Events: ...
+    def whole(self) -> dict[str, Any]: ...
+
+
+async def respond(server: Server, prepared: Prepared, http: Any, writer: Writer, *, stream: bool) -> Response:
+    """The answer as `writer` puts it: its events as they come, or the whole of it at the end."""
+    steps = _steps(server, prepared, http, writer)
+    if stream:
+        first = await anext(steps)  # here, and not in the stream, it is seen whether the request is accepted at all
+        return EventStream(_on_the_wire(first, steps), lambda error: _bytes(writer.fail(error)))
+    async for _ in steps:
+        pass
+    return json_response(writer.whole())
+
+
+async def _steps(server: Server, prepared: Prepared, http: Any, writer: Writer) -> AsyncGenerator[Events, None]:
+    """The events that each step of the engine makes due. A model whose answers have no format gives plain text."""
     think_end_id = None if server.answer_format is None else server.answer_format.think_end_id
     usage = Usage(len(prepared.prompt_ids), think_end_id)
+    started = False
     async with aclosing(events(server, prepared, http)) as pieces:  # type: ignore[type-var]
         async for index, found, delta in pieces:
             if prepared.parser is None and delta.text:
                 found = [AnswerEvent("content", delta.text)]
             usage.count(index, found, delta)
-            yield found, delta, usage
+            out = [] if started else writer.start(usage)
+            started = True
+            out += writer.push(found)
+            if delta.finish_reason is not None:
+                out += writer.finish(delta, usage)
+            if out:
+                yield out
+
+
+async def _on_the_wire(first: Events, rest: AsyncGenerator[Events, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield _bytes(first)
+        async for step in rest:
+            yield _bytes(step)
+
+
+def _bytes(events: Events) -> bytes:
+    return b"".join(map(named_event, events))
+
+
+def json_response(value: Any) -> Response:
+    return Response(as_json(value), media_type="application/json")
 
 
 def named_event(event: Mapping[str, Any]) -> bytes:
@@ -87,11 +130,3 @@ def as_json(value: Any) -> bytes:
             return json.dumps(plain).encode()
     except RecursionError:
         raise ApiError(400, "the request is nested too deeply", code="invalid_value") from None
-
-
-async def on_the_wire(first: Events, rest: AsyncIterator[Events]) -> AsyncGenerator[bytes, None]:
-    """Steps as bytes. `first` was taken from them to see whether the request is accepted at all."""
-    async with aclosing(rest):  # type: ignore[type-var]
-        yield b"".join(map(named_event, first))
-        async for step in rest:
-            yield b"".join(map(named_event, step))

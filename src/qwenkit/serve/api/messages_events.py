@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 from qwenkit.serve.api.reply import Usage
 
 if TYPE_CHECKING:
+    from qwenkit.engine.request import Delta
+    from qwenkit.serve.errors import ApiError
     from qwenkit.text.answer import AnswerEvent
 
 Event = dict[str, Any]
+PATH = "/v1/messages"
 
 
 class MessageWriter:
-    """One message. `start`, then `push` for each piece, then `finish`; each gives the events that became due."""
+    """One message (a foreign.Writer)."""
 
     def __init__(self, model: str, stop_sequences: Sequence[str] = ()) -> None:
         self._stop_sequences = frozenset(stop_sequences)
@@ -65,16 +68,16 @@ class MessageWriter:
                 self._text(out, "text", event.text)
         return out
 
-    def finish(self, finish_reason: str, stop_reason: int | str | None, usage: Usage) -> list[Event]:
-        """The end: why the engine stopped, the stop string or token it saw, and the numbers of tokens."""
+    def finish(self, last: Delta, usage: Usage) -> list[Event]:
+        """The end: why the engine stopped, and the numbers of tokens."""
         out: list[Event] = []
         self._end(out)
         called = any(block["type"] == "tool_use" for block in self._content)
-        if finish_reason == "length":
+        if last.finish_reason == "length":
             reason = "max_tokens"
-        elif isinstance(stop_reason, str) and stop_reason in self._stop_sequences:
+        elif isinstance(last.stop_reason, str) and last.stop_reason in self._stop_sequences:
             reason = "stop_sequence"
-            self._message["stop_sequence"] = stop_reason
+            self._message["stop_sequence"] = last.stop_reason
         else:
             reason = "tool_use" if called else "end_turn"
         self._message["stop_reason"] = reason
@@ -86,7 +89,11 @@ class MessageWriter:
         out.append({"type": "message_stop"})
         return out
 
-    def message(self) -> dict[str, Any]:
+    def fail(self, error: ApiError) -> list[Event]:
+        """The end, when the server could not go on after the stream had begun."""
+        return [error.body(PATH)]
+
+    def whole(self) -> dict[str, Any]:
         """The whole message, after `finish`."""
         return {**self._message, "content": self._content, "usage": self._usage}
 

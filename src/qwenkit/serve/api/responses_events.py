@@ -15,7 +15,9 @@ from qwenkit.serve.api.reply import Usage
 from qwenkit.serve.api.responses_protocol import ResponsesRequest
 
 if TYPE_CHECKING:
+    from qwenkit.engine.request import Delta
     from qwenkit.engine.sampling import SamplingParams
+    from qwenkit.serve.errors import ApiError
     from qwenkit.text.answer import AnswerEvent
 
 Event = dict[str, Any]
@@ -27,10 +29,7 @@ def _id(prefix: str) -> str:
 
 
 class ResponseWriter:
-    """One response; `params` are those that the engine runs with.
-
-    `start`, then `push` for each piece, then `finish` or `fail`; each gives the events that became due.
-    """
+    """One response (a foreign.Writer); `params` are those that the engine runs with."""
 
     def __init__(self, request: ResponsesRequest, model: str, params: SamplingParams) -> None:
         self._output: list[dict[str, Any]] = []
@@ -38,10 +37,10 @@ class ResponseWriter:
         self._number = 0
         self._response = {**_described(request, params), "id": _id("resp"), "model": model}
 
-    def start(self) -> list[Event]:
+    def start(self, _usage: Usage) -> list[Event]:
         out: list[Event] = []
         for kind in ("response.created", "response.in_progress"):
-            self._tell(out, kind, response=self.response())
+            self._tell(out, kind, response=self.whole())
         return out
 
     def push(self, events: Sequence[AnswerEvent]) -> list[Event]:
@@ -60,10 +59,10 @@ class ResponseWriter:
                 self._text(out, "message", event.text)
         return out
 
-    def finish(self, finish_reason: str, usage: Usage) -> list[Event]:
+    def finish(self, last: Delta, usage: Usage) -> list[Event]:
         """The end: why the engine stopped, and the numbers of tokens."""
         out: list[Event] = []
-        cut = finish_reason == "length"
+        cut = last.finish_reason == "length"
         status = "incomplete" if cut else "completed"
         self._end(out, status)
         counted = usage.as_json()
@@ -77,20 +76,20 @@ class ResponseWriter:
             "output_tokens_details": counted["completion_tokens_details"],
             "total_tokens": counted["total_tokens"],
         }
-        self._tell(out, f"response.{status}", response=self.response())
+        self._tell(out, f"response.{status}", response=self.whole())
         return out
 
-    def fail(self, message: str) -> list[Event]:
+    def fail(self, error: ApiError) -> list[Event]:
         """The end, when the server could not go on after the stream had begun."""
         out: list[Event] = []
         if self._open is not None:
             self._open["status"] = "incomplete"
         self._response["status"] = "failed"
-        self._response["error"] = {"code": "server_error", "message": message}
-        self._tell(out, "response.failed", response=self.response())
+        self._response["error"] = {"code": "server_error", "message": error.message}
+        self._tell(out, "response.failed", response=self.whole())
         return out
 
-    def response(self) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """The response as far as it is written; whole after `finish`."""
         return {**self._response, "output": [_copy(item) for item in self._output]}
 
