@@ -73,12 +73,19 @@ def naive_distribution(
     top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
     min_p=st.sampled_from([0.0, 0.0, 0.02, 0.3, 1.0]),
     spread=st.sampled_from([0.02, 2.0, 6.0, 40.0]),
+    shape=st.sampled_from(["any", "any", "in steps", "striped"]),
 )
-@example(seed=852, size=700, temperature=2.9376592450379375, top_k=0, top_p=0.5, min_p=0.0, spread=6.0)
+@example(seed=852, size=700, temperature=2.9376592450379375, top_k=0, top_p=0.5, min_p=0.0, spread=6.0, shape="any")
 def test_the_cuts_keep_what_the_rules_keep(
-    seed: int, size: int, temperature: float, top_k: int, top_p: float, min_p: float, spread: float
+    seed: int, size: int, temperature: float, top_k: int, top_p: float, min_p: float, spread: float, shape: str
 ) -> None:
     logits = torch.tensor(np.random.default_rng(seed).normal(size=size) * spread, dtype=torch.float32)
+    if shape == "in steps":
+        logits = (8 * logits).round() / 8
+    elif (
+        shape == "striped"
+    ):  # whoever looks only at some places, a power of two apart, sees other logits than there are
+        logits[torch.arange(size) % 256 < 16] += 0.2
     logits[size // 2] = -torch.inf if size > 1 else 1.0
     mine = shares(logits, temperature, top_k, top_p, min_p)
     expected = naive_distribution(logits.tolist(), temperature, top_k, top_p, min_p)
@@ -99,6 +106,16 @@ def test_the_likeliest_and_the_first_of_equals() -> None:
         logits, nothing, nothing.long(), torch.ones(3), nothing, torch.tensor([0.9] * 3, dtype=torch.float64)
     )
     assert tokens.tolist() == [17, 99, 0]
+
+
+@pytest.mark.parametrize("likelier", [0, 10])
+def test_of_equals_the_first_are_kept(likelier: int) -> None:
+    """top_p ends among 2,990 or more tokens of one logit: as many as it takes, those with the smallest ids."""
+    logits = torch.zeros(3000)
+    logits[3000 - likelier :] = math.log(2)
+    kept = set(shares(logits, temperature=1.0, top_k=0, top_p=0.25, min_p=0.0))
+    mass = 3000 + likelier  # each of the likelier counts as two
+    assert kept == {*range(mass // 4 - 2 * likelier + (mass % 4 > 0)), *range(3000 - likelier, 3000)}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -1,5 +1,5 @@
 // Choosing a token from each row of logits: temperature, top_k, top_p, min_p, then one draw with a given uniform number. Rows are
-// dealt to threads. The vocabulary is never sorted: top_k selects, and top_p searches for the weight from which tokens are kept.
+// dealt to threads. The vocabulary is never sorted: top_k selects, and top_p narrows down the weight from which tokens are kept.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -97,8 +97,10 @@ inline void likeliest(const float* row, int64_t size, int64_t k, std::vector<Can
   }
 }
 
-constexpr int BOUNDS = 8;  // thresholds that are tried in one pass
+constexpr int BOUNDS = 6;  // thresholds that are tried in one pass
 constexpr int64_t BLOCK = 1024;
+constexpr float DEEPEST = 88;  // weights below e^-88 are 0
+constexpr double FEW = 4096;  // tokens that are told apart one by one rather than by another pass
 
 // masses[i] = sum of the weights above bounds[i].
 inline void masses_above(const float* weights, int64_t size, const float* bounds, double* masses) {
@@ -112,7 +114,7 @@ inline void masses_above(const float* weights, int64_t size, const float* bounds
     for (; k + 16 <= end; k += 16) {
       const F16 weight = f_load(weights + k);
       QK_UNROLL
-      for (int i = 0; i < BOUNDS; i++) sums[i] = f_add(sums[i], f_if_gt(weight, f_set1(bounds[i])));
+      for (int i = 0; i < BOUNDS; i++) sums[i] = f_add_if_gt(sums[i], weight, f_set1(bounds[i]));
     }
     for (int i = 0; i < BOUNDS; i++) masses[i] += f_sum(sums[i]);
     for (; k < end; k++)
@@ -127,38 +129,100 @@ struct Kept {
   std::vector<Candidate>& more;
 };
 
-// The fewest likeliest tokens whose mass reaches `wanted`. The weight from which they are kept is narrowed down a few thresholds at a
-// time; those between the last two are sorted.
-inline void keep_most(const float* row, const float* weights, int64_t size, double wanted, Kept& kept) {
-  float shallow = 0, deep = 88;  // logarithms: tokens above e^-shallow have less than `wanted`, those above e^-deep have it all
-  for (int pass = 0; pass < 5; pass++) {
-    float depths[BOUNDS], bounds[BOUNDS];
-    double masses[BOUNDS];
-    for (int i = 0; i < BOUNDS; i++) {
-      depths[i] = shallow + (deep - shallow) * (i + 1) / (BOUNDS + 1);
-      if (pass == 0) depths[i] = 0.25f * (2 << i);  // most distributions are decided near the peak
-      bounds[i] = std::exp(-depths[i]);
+// Where the likeliest tokens end that have a wanted mass together, in logarithms of weights: those above e^-shallow have `less`, those
+// above e^-deep have `enough`.
+struct Edge {
+  float shallow, deep;
+  double less, enough;
+};
+
+// One pass over the weights: the edge lies between two neighbours of `depths`.
+inline void narrow(const float* weights, int64_t size, double wanted, const float* depths, Edge& edge) {
+  float bounds[BOUNDS];
+  double masses[BOUNDS];
+  for (int i = 0; i < BOUNDS; i++) bounds[i] = std::exp(-depths[i]);
+  masses_above(weights, size, bounds, masses);
+  for (int i = 0; i < BOUNDS; i++) {
+    if (masses[i] >= wanted) {
+      edge.deep = depths[i], edge.enough = masses[i];
+      return;
     }
-    masses_above(weights, size, bounds, masses);
-    for (int i = 0; i < BOUNDS; i++) {
-      if (masses[i] >= wanted) {
-        deep = depths[i];
-        break;
-      }
-      shallow = depths[i];
-      kept.mass = masses[i];
+    edge.shallow = depths[i], edge.less = masses[i];
+  }
+}
+
+// The next thresholds: at first most of them near the peak, where most distributions are decided, then evenly spaced.
+inline void thresholds(const Edge& edge, float* depths) {
+  for (int i = 0; i < BOUNDS; i++)
+    depths[i] = edge.shallow > 0 ? edge.shallow + (edge.deep - edge.shallow) * (i + 1) / (BOUNDS + 1) : std::ldexp(edge.deep, i - BOUNDS);
+}
+
+// Thresholds close around the edge as one vector in sixteen has it; a wrong guess costs a pass, never a token. False where these
+// vectors are not like the whole, or hold too few tokens that matter.
+inline bool guess(const float* weights, int64_t size, double all, double wanted, float* depths) {
+  static thread_local std::vector<float> some;
+  some.clear();
+  F16 sum = f_zero(), squares = f_zero();
+  for (int64_t k = 0; k + 16 <= size; k += 256) {
+    const F16 x = f_load(weights + k);
+    sum = f_add(sum, x), squares = f_fma(x, x, squares);
+    some.insert(some.end(), weights + k, weights + k + 16);
+  }
+  const double mass = f_sum(sum), square = f_sum(squares), share = wanted / all;
+  const double like = mass * size / (all * some.size());
+  if (!(mass * mass >= 100 * square && like > 0.8 && like < 1.25)) return false;
+  const double error = 3 * std::sqrt(share * (1 - share) * square) / mass;  // three standard deviations
+  Edge ends[2];
+  for (int end = 0; end < 2; end++) {
+    ends[end] = {0, DEEPEST, 0, mass};
+    const double here = end ? share + std::min(error, 0.75 * (1 - share)) : share - error;
+    for (int pass = 0; pass < 4; pass++) {
+      thresholds(ends[end], depths);
+      narrow(some.data(), some.size(), here * mass, depths, ends[end]);
     }
   }
-  kept.above = shallow > 0 ? std::exp(-shallow) : FLT_MAX;
-  float bound = std::exp(-deep);
-  scan(weights, size, bound, [&](int64_t id) {
-    if (weights[id] <= kept.above) kept.more.push_back({row[id], (int32_t)id});
-  });
-  std::sort(kept.more.begin(), kept.more.end(), likelier);
-  double mass = kept.mass;
-  size_t count = 0;
-  while (count < kept.more.size() && mass < wanted) mass += weights[kept.more[count++].id];
-  kept.more.resize(count);
+  for (int i = 0; i < BOUNDS; i++) depths[i] = ends[0].shallow + (ends[1].deep - ends[0].shallow) * i / (BOUNDS - 1);
+  return true;
+}
+
+// The tokens whose weight is above `low` and not above `high`.
+inline void collect(const float* row, const float* weights, int64_t size, float low, float high, std::vector<Candidate>& out) {
+  int64_t k = 0;
+  for (; k + 16 <= size; k += 16) {
+    const F16 weight = f_load(weights + k);
+    uint32_t lanes = f_gt(weight, f_set1(low)) & ~f_gt(weight, f_set1(high));
+    if (!lanes) continue;
+    size_t count = out.size();
+    out.resize(count + __builtin_popcount(lanes));
+    for (; lanes; lanes &= lanes - 1) out[count++] = {row[k + __builtin_ctz(lanes)], (int32_t)(k + __builtin_ctz(lanes))};
+  }
+  for (; k < size; k++)
+    if (weights[k] > low && weights[k] <= high) out.push_back({row[k], (int32_t)k});
+}
+
+// The fewest likeliest tokens whose mass reaches `wanted`. The edge is narrowed down a few thresholds at a time until few tokens can
+// be left between two; among these it is selected: half of them is certain at each step.
+inline void keep_most(const float* row, const float* weights, int64_t size, double all, double wanted, Kept& kept) {
+  Edge edge = {0, DEEPEST, 0, all};
+  float depths[BOUNDS];
+  bool guessed = guess(weights, size, all, wanted, depths);
+  for (int pass = 0; pass < 4 && edge.enough - edge.less > FEW * std::exp(-edge.deep); pass++) {
+    if (pass > 0 || !guessed) thresholds(edge, depths);
+    narrow(weights, size, wanted, depths, edge);
+  }
+  kept.mass = edge.less;
+  kept.above = edge.shallow > 0 ? std::exp(-edge.shallow) : FLT_MAX;
+  collect(row, weights, size, std::exp(-edge.deep), kept.above, kept.more);
+  auto first = kept.more.begin(), last = kept.more.end();  // what is before has less than is wanted, with these it is enough
+  for (double mass = edge.less; last - first > 1;) {
+    const auto middle = first + (last - first) / 2;
+    if (!std::is_sorted(first, last, likelier)) std::nth_element(first, middle, last, likelier);  // equals come sorted
+    double half = 0;
+    for (auto c = first; c != middle; ++c) half += weights[c->id];
+    if (mass + half >= wanted) last = middle;
+    else mass += half, first = middle;
+  }
+  kept.more.erase(last, kept.more.end());
 }
 
 inline int64_t draw(const float* row, int64_t size, float temperature, int64_t top_k, float top_p, float min_p, double uniform) {
@@ -182,7 +246,7 @@ inline int64_t draw(const float* row, int64_t size, float temperature, int64_t t
     candidates.resize(std::max<size_t>(count, 1));
   } else {
     const double all = weigh(row, size, peak, inverse, weights.data());
-    if (top_p < 1) keep_most(row, weights.data(), size, top_p * all, kept);
+    if (top_p < 1) keep_most(row, weights.data(), size, all, top_p * all, kept);
     else kept.above = 0, kept.mass = all;
     if (min_p > 0 && kept.above < min_p) {
       float bounds[BOUNDS];
@@ -209,7 +273,7 @@ inline int64_t draw(const float* row, int64_t size, float temperature, int64_t t
     double mass = 0;
     F16 sum = f_zero();
     int64_t k = from;
-    for (; k + 16 <= end; k += 16) sum = f_add(sum, f_if_gt(f_load(weights.data() + k), f_set1(kept.above)));
+    for (; k + 16 <= end; k += 16) sum = f_add_if_gt(sum, f_load(weights.data() + k), f_set1(kept.above));
     mass = f_sum(sum);
     for (; k < end; k++) mass += weights[k] > kept.above ? weights[k] : 0;
     if (target >= mass) {

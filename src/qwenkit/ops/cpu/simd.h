@@ -33,7 +33,10 @@ static inline float f_hmax(F16 a) { return _mm512_reduce_max_ps(a.v); }
 // one bit a lane: a > b, a >= b, a is NaN
 static inline uint32_t f_gt(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 static inline uint32_t f_ge(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
-static inline F16 f_if_gt(F16 a, F16 b) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), a.v)}; }  // a where a > b, else 0
+// sum + a where a > b, else sum
+static inline F16 f_add_if_gt(F16 sum, F16 a, F16 b) {
+  return {_mm512_mask_add_ps(sum.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), sum.v, a.v)};
+}
 static inline F16 f_if(F16 a, F16 b, F16 x) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), x.v)}; }  // x where not a < b
 static inline uint32_t f_nan(F16 a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 static inline F16 f_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
@@ -114,8 +117,9 @@ static inline float f_hmax(F16 x) {
 static inline uint32_t f_masks(__m256 low, __m256 high) { return _mm256_movemask_ps(low) | _mm256_movemask_ps(high) << 8; }
 static inline uint32_t f_gt(F16 x, F16 y) { return f_masks(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)); }
 static inline uint32_t f_ge(F16 x, F16 y) { return f_masks(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ)); }
-static inline F16 f_if_gt(F16 x, F16 y) {
-  return {_mm256_and_ps(x.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)), _mm256_and_ps(x.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))};
+static inline F16 f_add_if_gt(F16 sum, F16 x, F16 y) {
+  return {_mm256_add_ps(sum.a, _mm256_and_ps(x.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ))),
+          _mm256_add_ps(sum.b, _mm256_and_ps(x.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)))};
 }
 static inline F16 f_if(F16 x, F16 y, F16 z) {
   return {_mm256_and_ps(z.a, _mm256_cmp_ps(x.a, y.a, _CMP_NLT_UQ)), _mm256_and_ps(z.b, _mm256_cmp_ps(x.b, y.b, _CMP_NLT_UQ))};
