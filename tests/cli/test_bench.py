@@ -122,7 +122,10 @@ def test_plot(runner: CliRunner, folder: Path, known_limits: None, tmp_path: Pat
 def test_plot_without_matplotlib(runner: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = invoke(runner, "absent", "--plot", str(tmp_path / "speed.png"))
-    assert (result.exit_code, result.stderr) == (2, "error: plot needs matplotlib: pip install 'qwenkit[plot]'\n")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: plot as .png needs matplotlib: pip install 'qwenkit[plot]'\n",
+    )
 
 
 def test_a_plot_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

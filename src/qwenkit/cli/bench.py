@@ -6,9 +6,7 @@ and how is `bench_measure`'s business.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from qwenkit.cli.options import Verb, dataclass_options, given
 from qwenkit.engine.config import WEIGHTS, EngineConfig, option
+from qwenkit.eval.figure import check_figure, save_figure
 
 Record = dict[str, Any]  # what --json prints
 
@@ -316,14 +315,11 @@ def check_plot(path: Path) -> None:
     """ValueError or FileNotFoundError for a plot that could not be drawn or written, before anything is measured."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"plot is {str(path)!r}, allowed is the name of a .png file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"plot is {str(path)!r}, but there is no folder {str(path.parent)!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plot needs matplotlib: pip install 'qwenkit[plot]'")
+    check_figure("plot", path)
 
 
 def draw(record: Record, path: Path) -> None:
-    """Write the record's curves as a PNG, beside its place first and then into it."""
+    """Write the record's curves as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -340,9 +336,4 @@ def draw(record: Record, path: Path) -> None:
         axes.set_xlabel(label)
         axes.set_ylabel("decode, tokens a second" + (" of all requests" if name == "by_batch" else ""))
         axes.grid(alpha=0.3)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(partial, format="png", dpi=150)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -106,11 +106,11 @@ def perplexity(
     settings = given(EngineConfig, values)
     EngineConfig(**settings)
     others, plot = _others(report)
+    from qwenkit.eval.figure import check_figure
     from qwenkit.eval.perplexity import read_text, windows_of
-    from qwenkit.eval.report import check_plot
 
     if plot is not None:
-        check_plot(plot)
+        check_figure("report", plot)
     windows_of([0, 0], context, stride, limit)  # raises for flags out of range before a model is loaded
     text = read_text(data)
     llm = _open(model, settings, context)

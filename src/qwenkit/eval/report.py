@@ -6,8 +6,6 @@ machine while it measured.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,6 +17,7 @@ import torch
 from qwenkit.engine.llm import LLM
 from qwenkit.engine.runner import kv_bytes_per_token
 from qwenkit.engine.sampling import SamplingParams
+from qwenkit.eval.figure import save_figure
 from qwenkit.linear.packed import PackedLinear, packed_matrices
 from qwenkit.model.qwen import Qwen
 
@@ -89,16 +88,8 @@ def as_table(entries: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
-def check_plot(path: Path) -> None:
-    """ValueError or FileNotFoundError for a plot that could not be drawn or written, before anything is measured."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"report is {str(path)!r}, but there is no folder {str(path.parent)!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a report as .png needs matplotlib: pip install 'qwenkit[plot]'")
-
-
 def draw(entries: Sequence[Entry], title: str, path: Path) -> None:
-    """Write the report as a PNG, beside its place first and then into it: quality against memory, and speed."""
+    """Write the report as a PNG: quality against memory, and speed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,9 +113,4 @@ def draw(entries: Sequence[Entry], title: str, path: Path) -> None:
         axis.set_xlabel(label)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(partial, format="png", dpi=150)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_figure(figure, path)

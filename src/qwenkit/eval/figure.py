@@ -1,0 +1,29 @@
+"""A figure as a PNG file. In: matplotlib's figure, a path. Out: the file, whole or not there at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def check_figure(setting: str, path: Path) -> None:
+    """ValueError or FileNotFoundError for a figure that could not be drawn or written, before anything is measured."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{setting} is {str(path)!r}, but there is no folder {str(path.parent)!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{setting} as .png needs matplotlib: pip install 'qwenkit[plot]'")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write it beside its place first and then into it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(partial, format="png", dpi=150)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
