@@ -67,6 +67,14 @@ def choose_files(files: list[KnownFile], repo: str) -> list[KnownFile]:
     raise ValueError(f"{repo} has no *.safetensors and no pytorch_model*.bin at its top level, {there}")
 
 
+def copy_without_hub(error: ConnectionError, cached: Path | None) -> Path:
+    """The copy in the cache, with a warning, where `error` says that its hub cannot be reached; ConnectionError without one."""
+    if cached is None:
+        raise ConnectionError(f"{error}; no whole copy of it is in the cache") from None
+    logger.warning("%s; the copy in the cache is used as it is", error)
+    return cached
+
+
 def fetch(downloads: list[Download], headers: Mapping[str, str], *, title: str, progress: bool) -> None:
     """Get every file that is not there yet or differs from what it should be.
 

@@ -8,7 +8,6 @@ are fetched by `fetch` (it resumes), then huggingface_hub puts its links in plac
 from __future__ import annotations
 
 import glob
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -31,10 +30,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from tqdm import tqdm
 
-from qwenkit.hub.fetch import Download, choose_files, fetch, write_sums
+from qwenkit.hub.fetch import Download, choose_files, copy_without_hub, fetch, write_sums
 from qwenkit.hub.verify import KnownFile, compare, is_complete
-
-logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -88,11 +85,7 @@ def pull(name: str, revision: str | None, into: Path | None, *, progress: bool) 
     try:
         listing = list_repo(name, revision)
     except ConnectionError as error:
-        cached = find_cached(name, revision) if into is None else None
-        if cached is None:
-            raise ConnectionError(f"{error}; no whole copy of it is in the cache") from None
-        logger.warning("%s; the copy in the cache is used as it is", error)
-        return cached
+        return copy_without_hub(error, find_cached(name, revision) if into is None else None)
     chosen = choose_files(listing.files, name)
     if into is not None:
         places = {file: into / file.path for file in chosen}

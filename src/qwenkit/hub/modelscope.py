@@ -7,15 +7,12 @@ by `fetch`. Without a folder of the user's choice they lie where that client kee
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from qwenkit.hub.fetch import Download, choose_files, fetch, write_sums
+from qwenkit.hub.fetch import Download, choose_files, copy_without_hub, fetch, write_sums
 from qwenkit.hub.verify import KnownFile, is_complete
-
-logger = logging.getLogger(__name__)
 
 
 def find_cached(name: str, revision: str | None) -> Path | None:
@@ -45,11 +42,7 @@ def pull(name: str, revision: str | None, into: Path | None, *, progress: bool) 
     try:
         files = _list(client, name, revision)
     except ConnectionError as error:
-        cached = find_cached(name, revision) if into is None else None
-        if cached is None:
-            raise ConnectionError(f"{error}; no whole copy of it is in the cache") from None
-        logger.warning("%s; the copy in the cache is used as it is", error)
-        return cached
+        return copy_without_hub(error, find_cached(name, revision) if into is None else None)
     chosen = choose_files(files, f"ms:{name}")
     folder = into if into is not None else _snapshot(name, revision)
     downloads = [
