@@ -19,19 +19,11 @@ from qwenkit.quant.config import QuantConfig
 from qwenkit.quant.tokenizer_files import write_tokenizer
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.safetensors_files import INDEX, SINGLE, read_file
-from qwenkit.weights.stored import DTYPES, StoredTensor
+from qwenkit.weights.saving import ARCHITECTURES, generation_config
+from qwenkit.weights.stored import DTYPE_NAMES, DTYPES, StoredTensor
 
 SHARD_BYTES = 4 << 30
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 24  # bytes of a tensor in memory while it is copied
-_ARCHITECTURES = {
-    "qwen": "QWenLMHeadModel",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
@@ -60,7 +52,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
     write_stored(
         path,
-        [StoredTensor(name, tuple(t.shape), _NAMES[t.dtype], read(t.detach().cpu())) for name, t in tensors.items()],
+        [
+            StoredTensor(name, tuple(t.shape), DTYPE_NAMES[t.dtype], read(t.detach().cpu()))
+            for name, t in tensors.items()
+        ],
     )
 
 
@@ -126,15 +121,13 @@ def is_assembled(folder: Path) -> bool:
 def write_companions(folder: Path, checkpoint: Checkpoint, quantization: Mapping[str, Any], dtype: str) -> None:
     """Everything of the folder but the weights."""
     config = dict(checkpoint.config)
-    config.setdefault("architectures", [_ARCHITECTURES[config["model_type"]]])
+    config.setdefault("architectures", [ARCHITECTURES[config["model_type"]]])
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     if config["model_type"] == "qwen":
         config |= {"bf16": dtype == "bfloat16", "fp16": dtype == "float16", "fp32": False}
     write_json(folder / "config.json", config | {"quantization_config": dict(quantization)})
     write_json(folder / "quantize_config.json", quantization)
-    generation = dict(checkpoint.generation_config)
-    if config["model_type"] != "qwen" and checkpoint.eos_token_ids:
-        generation.setdefault("eos_token_id", list(checkpoint.eos_token_ids))
+    generation = generation_config(checkpoint)
     if generation:
         write_json(folder / "generation_config.json", generation)
     write_tokenizer(folder, checkpoint)

@@ -105,17 +105,7 @@ def _padded(rows: int) -> int:
 def _pack_blocks(kind: str, raw: Bytes) -> PackedWeight:
     """Raw blocks (rows, bytes of a row) of a GGUF type."""
     codes, scale, offset = _READ_BLOCKS[kind](raw.reshape(raw.shape[0], -1, _BLOCK_BYTES[kind]))
-    bits = 4 if kind.startswith("Q4") else 8
-    rows, cols = codes.shape
-    return PackedWeight(
-        bits=bits,
-        rows=rows,
-        cols=cols,
-        group=BLOCK,
-        q=pack_codes(codes, bits),
-        scale=pack_groups(scale),
-        offset=None if offset is None else pack_groups(offset),
-    )
+    return _packed((codes, scale, offset), 4 if kind.startswith("Q4") else 8, BLOCK)
 
 
 def _pack_runs(raw: Bytes, bits: int, run: int, symmetric: bool) -> PackedWeight:
@@ -126,16 +116,14 @@ def _pack_runs(raw: Bytes, bits: int, run: int, symmetric: bool) -> PackedWeight
     scale = _half(blocks, 0)
     zero = torch.from_numpy(np.ascontiguousarray(blocks[..., 2:4]).view(np.int16)[..., 0].copy())
     codes = torch.from_numpy(np.ascontiguousarray(blocks[..., 4:])).flatten(1)
+    return _packed((codes, scale, None if symmetric else -scale.float() * zero), bits, run)
+
+
+def _packed(blocks: Blocks, bits: int, group: int) -> PackedWeight:
+    codes, scale, offset = blocks
     rows, cols = codes.shape
-    return PackedWeight(
-        bits=bits,
-        rows=rows,
-        cols=cols,
-        group=run,
-        q=pack_codes(codes, bits),
-        scale=pack_groups(scale),
-        offset=None if symmetric else pack_groups(-scale.float() * zero),
-    )
+    packed_offset = None if offset is None else pack_groups(offset)
+    return PackedWeight(bits, rows, cols, group, pack_codes(codes, bits), pack_groups(scale), packed_offset)
 
 
 def _half(blocks: Bytes, start: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ from qwenkit.ops.packed import PackedWeight
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.load import empty_model, load_model
 from qwenkit.weights.pack import packing
-from qwenkit.weights.stored import DTYPES
+from qwenkit.weights.stored import DTYPE_NAMES, DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,6 @@ _ALIGNMENT = 64  # and every tensor at a multiple of this: a cache line, and a v
 _HEAD, _TAIL, _SAMPLE, _SAMPLES = 1 << 20, 64 << 10, 4 << 10, 64  # of each weight file, for its fingerprint
 
 _TENSORS = ("q", "scale", "offset", "row_scale")  # of a PackedWeight
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # What lies in a file: every tensor by name, and bits, rows, cols and group of every packed matrix.
 Contents = tuple[dict[str, torch.Tensor], dict[str, list[int]]]
@@ -216,7 +215,7 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], matrices: Mapping[st
     places: dict[str, tuple[str, list[int], int, int]] = {}
     end = 0
     for name, tensor in tensors.items():
-        places[name] = _NAMES[tensor.dtype], list(tensor.shape), end, tensor.nbytes
+        places[name] = DTYPE_NAMES[tensor.dtype], list(tensor.shape), end, tensor.nbytes
         end = _aligned(end + tensor.nbytes, _ALIGNMENT)
     header = json.dumps({"data_bytes": end, "matrices": matrices, "tensors": places}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)

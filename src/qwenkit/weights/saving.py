@@ -24,10 +24,9 @@ from qwenkit.weights import names
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.gguf_model import GgufCheckpoint
 from qwenkit.weights.gguf_tokenizer import write_tokenizer
-from qwenkit.weights.stored import DTYPES, read_json
+from qwenkit.weights.stored import DTYPE_NAMES, read_json
 from qwenkit.weights.templated import Templated
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STEMS = {False: ("model", "safetensors"), True: ("pytorch_model", "bin")}
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 _TOKENIZER_FILES = (
@@ -225,7 +224,7 @@ def _write_safetensors(path: Path, tensors: Sequence[Outgoing], bar: Any) -> Non
     for tensor in tensors:
         end = position + tensor.num_bytes
         header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }

@@ -12,12 +12,10 @@ from pickle import UnpicklingError
 
 import torch
 
-from qwenkit.weights.stored import DTYPES, StoredTensor, check_shard, shards
+from qwenkit.weights.stored import DTYPE_NAMES, DTYPES, StoredTensor, check_shard, shards
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def has_torch_files(folder: Path) -> bool:
@@ -57,11 +55,11 @@ def _read_file(path: Path) -> list[StoredTensor]:
 def _stored(path: Path, name: object, value: object) -> StoredTensor:
     if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         raise ValueError(f"{path} must hold a dictionary of tensors, but {name!r} is no plain tensor")
-    if value.dtype not in _NAMES:
+    if value.dtype not in DTYPE_NAMES:
         raise ValueError(f"{path}: tensor {name} has type {value.dtype}; known types are {', '.join(DTYPES)}")
     tensor = value.detach()
 
     def read(start: int, stop: int) -> torch.Tensor:
         return tensor[start:stop].clone() if tensor.dim() else tensor.clone()
 
-    return StoredTensor(name, tuple(tensor.shape), _NAMES[tensor.dtype], read)
+    return StoredTensor(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], read)
