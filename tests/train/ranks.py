@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # FSDP does, which takes seconds: here it is done once for all processes
+import torch.distributed.fsdp  # what `wrap` imports when it is needed
 
 from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen

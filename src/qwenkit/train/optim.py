@@ -44,7 +44,12 @@ class Optimizer:
             self._states[name] = self._zero_states(self.stepped[name])
             if own:
                 self._own.append(name)
-        self._adamw = self._torch_adamw()
+        # Those that torch's fused kernel steps, by whether they decay.
+        exact = {name: tensor for name, tensor in self.stepped.items() if name not in self._own}
+        self._groups = [
+            ([name for name, tensor in exact.items() if (tensor.ndim >= 2) is decays], config.weight_decay * decays)
+            for decays in (True, False)
+        ]
 
     def _zero_states(self, tensor: nn.Parameter) -> dict[str, torch.Tensor]:
         """All states exist from the start, so that a checkpoint's tensors always have a place to go."""
@@ -55,28 +60,7 @@ class Optimizer:
             }
             return {f"{kind}.{part}": value for kind, pair in zeros.items() for part, value in pair.items()}
         states = {kind: torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for kind in _KINDS}
-        return states | {"step": torch.zeros((), dtype=torch.float32)}
-
-    def _torch_adamw(self) -> torch.optim.AdamW | None:
-        config = self.config
-        exact = {name: tensor for name, tensor in self.stepped.items() if name not in self._own}
-        if not exact:
-            return None
-        groups = [
-            {"params": [p for p in exact.values() if (p.ndim >= 2) is decays], "weight_decay": decay}
-            for decays, decay in ((True, config.weight_decay), (False, 0.0))
-        ]
-        adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused={tensor.device.type for tensor in exact.values()} <= {"cpu", "cuda"},
-        )
-        for name, tensor in exact.items():
-            self._states[name]["step"] = self._states[name]["step"].to(tensor.device)
-            adamw.state[tensor] = self._states[name]
-        return adamw
+        return states | {"step": torch.zeros((), dtype=torch.float32, device=tensor.device)}
 
     def collect(self) -> None:
         """After each backward pass: hand gradients of bfloat16 weights to their fp32 copies, where micro-batches add up."""
@@ -97,17 +81,50 @@ class Optimizer:
     def step(self, learning_rate: float) -> None:
         """One step of everything that has a gradient; gradients are gone afterwards."""
         self.num_steps += 1
-        if self._adamw is not None:
-            for group in self._adamw.param_groups:
-                group["lr"] = learning_rate
-            self._adamw.step()
-            for name, stepped in self.stepped.items():
-                if stepped is not self.parameters[name]:
-                    self.parameters[name].copy_(stepped)
+        for names, decay in self._groups:
+            self._fused_step([name for name in names if self.stepped[name].grad is not None], learning_rate, decay)
+        for name, stepped in self.stepped.items():
+            if stepped is not self.parameters[name]:
+                self.parameters[name].copy_(stepped)
         for index, name in enumerate(self._own):
             if self.parameters[name].grad is not None:
                 self._own_step(self.parameters[name], self._states[name], index, learning_rate)
         self.zero_grad()
+
+    def _fused_step(self, names: list[str], learning_rate: float, decay: float) -> None:
+        """One step of parameters in fp32, of this process's parts.
+
+        It is the kernel of torch.optim.AdamW(fused=True), called without that class, which imports torch's compiler:
+        40 MiB and a second, for nothing.
+        """
+        weights, gradients, firsts, seconds, steps = [], [], [], [], []
+        for name in names:
+            stepped, states = self.stepped[name], self._states[name]
+            assert stepped.grad is not None
+            states["step"] += 1
+            if local(stepped).numel():  # a process may hold none of a small parameter
+                weights.append(local(stepped.detach()))
+                gradients.append(local(stepped.grad))
+                firsts.append(local(states[_FIRST]))
+                seconds.append(local(states[_SECOND]))
+                steps.append(states["step"])
+        if not weights:
+            return
+        torch._fused_adamw_(
+            weights,
+            gradients,
+            firsts,
+            seconds,
+            [],
+            steps,
+            lr=learning_rate,
+            beta1=self.config.adam_beta1,
+            beta2=self.config.adam_beta2,
+            weight_decay=decay,
+            eps=self.config.adam_epsilon,
+            amsgrad=False,
+            maximize=False,
+        )
 
     def _own_step(
         self, parameter: nn.Parameter, states: dict[str, torch.Tensor], index: int, learning_rate: float

@@ -8,17 +8,20 @@ loss is divided by the targets of all of them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from qwenkit.model.qwen import Qwen
 from qwenkit.train.config import TrainConfig
-from qwenkit.train.parallel.tensor import cut
 from qwenkit.train.parallel.world import World, local
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 BUCKET_BYTES = 64 * 2**20  # gradients that travel together
 
@@ -32,11 +35,15 @@ def wrap(model: Qwen, config: TrainConfig, world: World) -> Qwen:
     if world.mesh is None:
         return model
     if world.tensor > 1:
+        from qwenkit.train.parallel.tensor import cut
+
         cut(model, world.mesh["tensor"])
     if world.shard == 1:
         if world.replicate > 1:
             _same_start(model, world)
         return model
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # see `is_cut`
+
     mesh = world.mesh["replicate", "shard"] if world.replicate > 1 else world.mesh["shard"]
     # Gradients travel in fp32: sums over many processes would lose bits in bf16.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -93,7 +100,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    imported = sys.modules.get("torch.distributed.fsdp")  # by `wrap`
+    return [] if imported is None else [m for m in model.modules() if isinstance(m, imported.FSDPModule)]
 
 
 def _same_start(model: nn.Module, world: World) -> None:

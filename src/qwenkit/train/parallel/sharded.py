@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from qwenkit.train.parallel.world import World, local
+from qwenkit.train.parallel.world import World, is_cut, local
 from qwenkit.weights.stored import DTYPES
 
 INDEX = "index.json"
@@ -151,8 +149,10 @@ def _pieces(file: Path) -> Iterator[tuple[str, _Piece]]:
 
 def begin_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """Where this process's part of a tensor begins."""
-    if not isinstance(tensor, DTensor):
+    if not is_cut(tensor):
         return (0,) * tensor.dim()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(offset)
 
@@ -163,7 +163,7 @@ def _offset(tensor: torch.Tensor, place: int, world: World) -> list[int] | None:
     Whole tensors go round, so that all processes write about as much. Of a DTensor those write who stand first in every
     dimension of the world that does not cut it.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_cut(tensor):
         return [0] * tensor.dim() if place % world.world_size == world.rank else None
     assert world.mesh is not None
     names = tensor.device_mesh.mesh_dim_names or ()

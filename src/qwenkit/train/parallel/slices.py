@@ -11,11 +11,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from qwenkit.linear.lora import LoRALinear
 from qwenkit.train.parallel.sharded import begin_of
-from qwenkit.train.parallel.world import local
+from qwenkit.train.parallel.world import is_cut, local
 from qwenkit.weights.load import fill_parts
 from qwenkit.weights.stored import StoredTensor
 
@@ -56,10 +55,7 @@ def _gathered(module: nn.Module) -> nn.Module:
     """The same module with its own parameters whole, on every process."""
     whole = copy.copy(module)
     whole._modules = dict(module._modules)
-    whole._parameters = {
-        name: nn.Parameter(parameter.full_tensor(), requires_grad=False)
-        if isinstance(parameter, DTensor)
-        else parameter
-        for name, parameter in module._parameters.items()
-    }
+    for name, parameter in module._parameters.items():
+        if parameter is not None and is_cut(parameter):
+            whole._parameters = whole._parameters | {name: nn.Parameter(parameter.full_tensor(), requires_grad=False)}
     return whole
