@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from qwenkit.text.chatml import NAMED
 from qwenkit.train.config import CHOICES, TrainConfig, parse_assignments, read_settings
+from qwenkit.weights.templated import OWN
 
 
 def test_yaml_and_assignments_become_one_config(tmp_path: Path) -> None:
@@ -108,3 +110,9 @@ def test_several_whole_texts_on_the_command_line_are_a_yaml_list() -> None:
 )
 def test_a_micro_batch_is_eight_samples_or_one_pack_unless_said(settings: dict[str, Any], batch_size: int) -> None:
     assert TrainConfig.from_settings(settings).batch_size == batch_size
+
+
+def test_the_help_of_template_names_what_is_allowed() -> None:
+    (field,) = (field for field in fields(TrainConfig) if field.name == "template")
+    for name in (OWN, *NAMED, ".jinja"):
+        assert name in field.metadata["help"]

@@ -1,7 +1,11 @@
 """Predicted memory against what a real step on the CPU holds at its peak."""
 
+import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,14 +13,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from qwenkit import ops
+from qwenkit.cli.plan import find_sizes
+from qwenkit.hub.find import find_model
 from qwenkit.model.config import ModelConfig
 from qwenkit.train.batch import Sample, TrainBatch
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.loss import token_loss_sum
 from qwenkit.train.methods import model_of_shapes, trainable_parameters
 from qwenkit.train.optim import Optimizer
-from qwenkit.train.plan import CUDA_CONTEXT, MemoryPlan, largest_batch, plan_memory
+from qwenkit.train.plan import CPU_PROCESS, CUDA_CONTEXT, MemoryPlan, largest_batch, plan_memory
 from qwenkit.train.recompute import recompute_blocks
+from tests.tiny_models import write_model
 from tests.train.allocations import allocated
 
 SMALL = ModelConfig.from_dict(
@@ -99,7 +106,7 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("run", RUNS)
 def test_prediction_is_within_ten_percent(run: str) -> None:
     config = TrainConfig(**(BASE | RUNS[run]))
-    predicted, real = plan_memory(SMALL, config, gpus=0).total, real_peak(SMALL, config)
+    predicted, real = tensors_of(plan_memory(SMALL, config, gpus=0)), real_peak(SMALL, config)
     if os.environ.get("QWENKIT_SLOW"):
         print(
             f"\n{run}: predicted {predicted / 2**20:.1f} MiB, real {real / 2**20:.1f} MiB, {predicted / real - 1:+.1%}"
@@ -125,7 +132,69 @@ def test_prediction_of_other_networks() -> None:
     for settings in ({"method": "full"}, {"method": "lora"}):
         config = TrainConfig(**(BASE | settings))
         real = real_peak(tied, config)
-        assert abs(plan_memory(tied, config, gpus=0).total - real) < 0.1 * real
+        assert abs(tensors_of(plan_memory(tied, config, gpus=0)) - real) < 0.1 * real
+
+
+def tensors_of(plan: MemoryPlan) -> int:
+    return plan.total - plan.runtime
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+from qwenkit.cli.main import cli
+cli(sys.argv[1:], standalone_mode=False)
+line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(int(line.split()[1]) * 1024)
+"""
+
+
+def resident_peak(folder: Path, model: str, settings: dict[str, Any], steps: int) -> int:
+    """The most that a whole run's process held, where every sample is longer than cutoff_len."""
+    text = "To be, or not to be, that is the question. " * 100
+    (folder / "long.json").write_text(json.dumps([{"instruction": str(i), "output": text} for i in range(16)]))
+    (folder / "dataset_info.json").write_text(json.dumps({"long": {"file_name": "long.json"}}))
+    words = [f"model={model}", "dataset=long", f"dataset_dir={folder}", f"output_dir={folder / 'out'}"]
+    words += [f"cache_dir={folder / 'cache'}", "overlong=truncate", "save_steps=none", f"max_steps={steps}"]
+    words += [f"{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-c", RESIDENT, "train", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1])
+
+
+on_a_cpu = pytest.mark.skipif(
+    sys.platform != "linux" or torch.version.cuda is not None,
+    reason="reads the peak of a process from /proc, and what is planned is torch without CUDA",
+)
+
+
+@on_a_cpu
+def test_the_process_itself_is_planned(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "qwen2")
+    settings: dict[str, Any] = {"method": "full", "cutoff_len": 64, "per_device_train_batch_size": 1}
+    plan = plan_memory(find_sizes(str(model)), TrainConfig(**settings), gpus=0)
+    assert plan.runtime > 0.9 * plan.total
+    assert plan.total == pytest.approx(resident_peak(tmp_path, str(model), settings, 2), rel=0.15)
+
+
+@on_a_cpu
+@pytest.mark.skipif(not os.environ.get("QWENKIT_SLOW"), reason="trains the default model; QWENKIT_SLOW=1 runs it")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "lora", "cutoff_len": 256, "per_device_train_batch_size": 1},
+        {"method": "lora", "cutoff_len": 256},
+        {"method": "lora", "cutoff_len": 512, "packing": True},
+        {"method": "full", "cutoff_len": 256, "per_device_train_batch_size": 1},
+        {"method": "full", "cutoff_len": 256, "per_device_train_batch_size": 1, "dtype": "bfloat16"},
+    ],
+)
+def test_resident_memory_of_the_default_model(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = str(find_model("smollm2"))
+    predicted = plan_memory(find_sizes(path), TrainConfig(**settings), gpus=0).total
+    real = resident_peak(tmp_path, path, settings, 3)
+    print(f"\n{settings}: predicted {predicted / GIB:.2f} GiB, real {real / GIB:.2f} GiB, {predicted / real - 1:+.1%}")
+    assert predicted == pytest.approx(real, rel=0.1)
 
 
 def test_counts_of_parameters() -> None:
@@ -161,7 +230,7 @@ def test_sharding_divides_what_lasts() -> None:
 
 def test_a_gpu_has_a_runtime_and_bfloat16() -> None:
     cpu, gpu = (plan_memory(SMALL, TrainConfig(method="full"), gpus=gpus) for gpus in (0, 1))
-    assert cpu.runtime == 0
+    assert cpu.runtime > CPU_PROCESS
     assert gpu.runtime == CUDA_CONTEXT
     assert gpu.weights == cpu.weights / 2
     assert gpu.optimizer == pytest.approx(cpu.optimizer * 1.5, rel=1e-4)  # fp32 copies of the weights

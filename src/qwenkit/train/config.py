@@ -17,6 +17,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from qwenkit.text.chatml import NAMED
+
 
 def option(default: Any, text: str) -> Any:
     """A dataclass field with the sentence that its command-line flag shows."""
@@ -57,7 +59,10 @@ class TrainConfig:
     dataset_dir: str = option("data", "folder of dataset_info.json and the data")
     eval_dataset: tuple[str, ...] = option((), "names or files to measure the loss on")
     val_size: float = option(0.0, "samples (1 and more) or share (less than 1) split off for evaluation")
-    template: str = option("default", "how conversations are written: default is the model's own template")
+    template: str = option(
+        "default",
+        f"how conversations are written: default (the model's own), {', '.join(NAMED)} (where it has none), or a .jinja file",
+    )
     system: str | None = option(None, "system message for conversations that have none")
     variables: tuple[str, ...] = option((), "texts for {{name}} in samples, as name=text")
     cutoff_len: int = option(2048, "most tokens of a sample; with packing, of a pack")

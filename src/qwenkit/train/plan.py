@@ -30,6 +30,12 @@ from qwenkit.train.parallel.world import parallel_sizes
 from qwenkit.train.recompute import recompute_blocks
 
 CUDA_CONTEXT = 700 * 2**20  # the driver's context, cuBLAS's workspaces, loaded kernels
+# A process on a CPU, measured at the end of runs: the interpreter, torch without CUDA and its libraries, all modules ...
+CPU_PROCESS = 270 * 2**20
+TOKEN_BYTES = 900  # ... what a tokenizer takes for each of its tokens ...
+# ... and of activations and gradients the share that malloc holds between pieces of many sizes. Given back piece by piece it
+# would be 3 %, but then every step pays for its pages anew, a fifth of its time.
+MALLOC_SHARE = 0.15
 NCCL_BUFFERS = 600 * 2**20  # of the communicators
 PAIRED = ("dpo", "orpo", "rm")  # stages of which a sample is two documents
 LARGEST_BATCH = 4096
@@ -37,7 +43,8 @@ LARGEST_BATCH = 4096
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each device at the moment when most is held. `gathered` is what fsdp holds of other devices' parameters."""
+    """Bytes on each device at the moment when most is held. `gathered` is what fsdp holds of other devices' parameters,
+    `runtime` all that is no tensor: of a GPU its context and communicators, of a CPU the whole process."""
 
     weights: int
     gradients: int
@@ -58,7 +65,7 @@ class MemoryPlan:
 
 
 def plan_memory(model: ModelConfig, config: TrainConfig, *, gpus: int = 1, per_node: int = 8) -> MemoryPlan:
-    """Predict the peak of a step. `gpus` 0 stands for one process on a CPU.
+    """Predict the peak of a step. `gpus` 0 stands for one process on a CPU, whose total is its peak resident memory.
 
     Every sample is taken to be cutoff_len long and every token a target. Raises ValueError for a layout that does not fit the
     number of GPUs, and for freeze_trainable, whose patterns belong to layers that the small model does not have.
@@ -94,7 +101,7 @@ def plan_memory(model: ModelConfig, config: TrainConfig, *, gpus: int = 1, per_n
         optimizer=whole.optimizer // shard,
         activations=whole.activations + _gathered_logits(model, config, tensor),
         gathered=gathered,
-        runtime=(CUDA_CONTEXT + (NCCL_BUFFERS if gpus > 1 else 0)) if gpus else 0,
+        runtime=CUDA_CONTEXT + (NCCL_BUFFERS if gpus > 1 else 0) if gpus else _cpu_runtime(model, whole),
         replicate=replicate,
         shard=shard,
         tensor=tensor,
@@ -122,6 +129,10 @@ def largest_batch(
     while batch < LARGEST_BATCH and total(batch + 1) <= memory:
         batch += 1
     return batch
+
+
+def _cpu_runtime(model: ModelConfig, plan: MemoryPlan) -> int:
+    return CPU_PROCESS + TOKEN_BYTES * model.vocab_size + int(MALLOC_SHARE * (plan.activations + plan.gradients))
 
 
 def _slice(model: ModelConfig, tensor: int) -> ModelConfig:
@@ -168,7 +179,7 @@ def _extrapolated(model: ModelConfig, config: TrainConfig, lengths: list[int], m
     frozen = layers - trained
     sign = -1 if count < 0 else 1
 
-    def measured(few_frozen: int, few_trained: int) -> MemoryPlan:
+    def measured(few_frozen: int, few_trained: int) -> dict[str, int]:
         settings = replace(config, freeze_trainable_layers=sign * few_trained)
         return _measure(_with_layers(model, few_frozen + few_trained), settings, lengths, micro_batches)
 
@@ -179,18 +190,28 @@ def _extrapolated(model: ModelConfig, config: TrainConfig, lengths: list[int], m
         changes.append((frozen - least_frozen, measured(least_frozen + 1, least_trained)))
     if trained > least_trained:
         changes.append((trained - least_trained, measured(least_frozen, least_trained + 1)))
-    fields = ("weights", "gradients", "optimizer", "activations", "parameters", "trained")
-    sums = {
-        name: getattr(first, name)
-        + sum(times * (getattr(more, name) - getattr(first, name)) for times, more in changes)
-        for name in fields
-    }
-    return replace(first, **sums)
+    sums = {name: value + sum(times * (more[name] - value) for times, more in changes) for name, value in first.items()}
+    peak = max(sums.pop("early"), sums.pop("late"))
+    return MemoryPlan(
+        **sums,
+        activations=max(peak - sums["gradients"], 0),
+        gathered=0,
+        runtime=0,
+        tokens=sum(lengths),
+        replicate=1,
+        shard=1,
+        tensor=1,
+    )
 
 
-def _measure(model_config: ModelConfig, config: TrainConfig, lengths: list[int], micro_batches: int) -> MemoryPlan:
+def _measure(model_config: ModelConfig, config: TrainConfig, lengths: list[int], micro_batches: int) -> dict[str, int]:
     """Run micro-batches of one step on the meta device, and see what lives at their peak. From the second on, all gradients
-    are there while activations are."""
+    are there while activations are.
+
+    Two peaks are found: `late`, when a backward pass has reached the first block and nearly all gradients are there, and
+    `early`, before. They grow by different amounts with every layer, so the larger of a small model may be the smaller of
+    a large one.
+    """
     ids = torch.zeros(sum(lengths), dtype=torch.int64, device="meta")
     batch = TrainBatch(ids, ids, lengths, [""] * len(lengths))
     model = model_of_shapes(model_config, config).train()
@@ -204,30 +225,25 @@ def _measure(model_config: ModelConfig, config: TrainConfig, lengths: list[int],
     if config.ema is not None:
         states += sum(4 * parameter.numel() for parameter in parameters.values())
     live, stand = _LiveBytes(), _Stand(model_config)
+    model.model.layers[0].register_forward_hook(live.late_from)
     for block in model.model.layers:  # modes of the forward pass do not hold while it is computed again
         for name in ("self_attn", "mlp"):
             part = block.get_submodule(name)
             part.__dict__["forward"] = stand.around(part.forward)
     with stand, live:
         for _ in range(micro_batches):
+            live.phase = "early"
             loss, _ = token_loss_sum(model, batch, chunk=config.loss_chunk)
             loss.backward()
             optimizer.collect()
-    gradients = sum(stepped)
-    return MemoryPlan(
-        weights=weights,
-        gradients=gradients,
-        optimizer=states,
-        activations=max(live.peak - gradients, 0),
-        gathered=0,
-        runtime=0,
-        tokens=sum(lengths),
-        replicate=1,
-        shard=1,
-        tensor=1,
-        parameters=_numbers(model),
-        trained=sum(parameter.numel() for parameter in parameters.values()),
-    )
+    return {
+        "weights": weights,
+        "gradients": sum(stepped),
+        "optimizer": states,
+        "parameters": _numbers(model),
+        "trained": sum(parameter.numel() for parameter in parameters.values()),
+        **live.peaks,
+    }
 
 
 def _bytes(tensors: Any) -> int:
@@ -250,11 +266,13 @@ def _numbers(model: nn.Module) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors made inside that are still alive, and the most there were."""
+    """Bytes of all tensors made inside that are still alive, and the most there were in each phase."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.phase = "early"
+        self.peaks = {"early": 0, "late": 0}
         self._seen: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -267,8 +285,16 @@ class _LiveBytes(TorchDispatchMode):
                     self._seen[id(storage)] = storage
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
         return out
+
+    def late_from(self, block: nn.Module, args: Any, out: torch.Tensor) -> None:
+        """Of a block's output: the late phase begins when its gradient is there."""
+        if out.requires_grad:
+            out.register_hook(self._is_late)
+
+    def _is_late(self, gradient: torch.Tensor) -> None:
+        self.phase = "late"
 
     def _free(self, size: int) -> None:
         self.now -= size
