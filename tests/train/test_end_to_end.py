@@ -1,6 +1,9 @@
 """From data to a model that has learned it, through the command line alone: preferences, and QLoRA over a GPTQ folder."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,9 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
+from qwenkit import LLM, SamplingParams
 from qwenkit.cli.main import cli
 from qwenkit.model.context import pack
 from qwenkit.weights.checkpoint import open_checkpoint
@@ -136,3 +141,43 @@ def test_qlora_over_a_gptq_folder(words: list[str], tmp_path: Path) -> None:
     assert record["loss"] < first[-1] * 1.05
     name = "adapter_model.safetensors"
     assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    llm = LLM(packed, device="cpu", kv_memory="16MiB", max_model_len=64, lora={"taught": again})
+    greedy = SamplingParams(temperature=0, max_tokens=4)
+    conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    for adapter, taught in (("taught", True), (None, False)):
+        for answer in llm.chat(conversations, greedy, adapter=adapter):
+            assert answer.text.startswith(GOOD) is taught
+    given = ("--adapter", str(again), "--output", str(tmp_path / "merged"))
+    refusal = invoke("export", "--model", str(packed), *given, code=2)
+    assert "would be rounded away" in refusal
+    assert "merge it into the 16-bit model" in refusal
+
+
+@pytest.mark.parametrize(("method", "parallel"), [("full", "fsdp"), ("lora", "ddp")])
+def test_two_processes_train_as_one(words: list[str], tmp_path: Path, method: str, parallel: str) -> None:
+    """The whole command under torchrun, on CPUs. The four samples are one step's batch, however they are dealt out."""
+    settings = [f"method={method}", "dataset=answers", "device=cpu", "max_steps=4"]
+    invoke(*words, *settings, "per_device_train_batch_size=4")
+    both = tmp_path / "both"
+    command = [*words, *settings, f"parallel={parallel}", f"output_dir={both}", "per_device_train_batch_size=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "qwenkit", *command, "--nproc", "2"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    alone = tmp_path / "out"
+    records = log(both)
+    assert [record["current_steps"] for record in records] == [1, 2, 3, 4]
+    expected = [record["loss"] for record in log(alone)]
+    assert [record["loss"] for record in records] == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < 0.9 * expected[0]
+    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    ours, theirs = load_file(both / name), load_file(alone / name)
+    assert ours.keys() == theirs.keys()
+    for key in ours:  # Adam's first steps have the size of the learning rate, 5e-3, whatever a gradient's
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2e-4)
+    exported = both
+    if method == "lora":
+        exported = tmp_path / "exported"
+        invoke("export", "--model", str(tmp_path / "model"), "--adapter", str(both), "--output", str(exported))
+    assert preference(exported) > preference(tmp_path / "model")
