@@ -111,6 +111,10 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
             "dtype is float16: activations of Qwen models exceed its largest number, 65504, and losses become nan; use bfloat16"
         )
     goal = _objective(config, checkpoint, model, world)
+    if shared and getattr(goal, "reference", None) is not None:
+        say(
+            f"each process holds the whole frozen model that {config.stage} measures against; only the trained one is shared"
+        )
     flops = ModelFlops.of(model)
     if config.gradient_checkpointing:
         recompute_blocks(model)
