@@ -13,18 +13,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from qwenkit import ops
-from qwenkit.cli.plan import find_sizes
+from qwenkit.cli.plan import find_packed, find_sizes
 from qwenkit.hub.find import find_model
+from qwenkit.linear.frozen import PackedBase
 from qwenkit.model.config import ModelConfig
 from qwenkit.train.batch import Sample, TrainBatch
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.loss import token_loss_sum
-from qwenkit.train.methods import model_of_shapes, trainable_parameters
+from qwenkit.train.methods import model_of_shapes, prepare_model, trainable_parameters
 from qwenkit.train.optim import Optimizer
 from qwenkit.train.plan import CPU_PROCESS, CUDA_CONTEXT, MemoryPlan, largest_batch, plan_memory
 from qwenkit.train.recompute import recompute_blocks
-from tests.tiny_models import write_model
+from qwenkit.weights.checkpoint import open_checkpoint
+from tests.tiny_models import write_model, write_tokenizer
 from tests.train.allocations import allocated
+from tests.weights.test_gguf_model import random_model, tiny_config
+from tests.weights.test_gguf_model import write as write_gguf
+from tests.weights.test_gptq_awq import quantized_folder
 
 SMALL = ModelConfig.from_dict(
     {
@@ -191,10 +196,44 @@ def test_the_process_itself_is_planned(tmp_path: Path) -> None:
 )
 def test_resident_memory_of_the_default_model(tmp_path: Path, settings: dict[str, Any]) -> None:
     path = str(find_model("smollm2"))
-    predicted = plan_memory(find_sizes(path), TrainConfig(**settings), gpus=0).total
+    packed = find_packed(path, settings["method"])
+    predicted = plan_memory(find_sizes(path), TrainConfig(**settings), packed=packed, gpus=0).total
     real = resident_peak(tmp_path, path, settings, 3)
     print(f"\n{settings}: predicted {predicted / GIB:.2f} GiB, real {real / GIB:.2f} GiB, {predicted / real - 1:+.1%}")
     assert predicted == pytest.approx(real, rel=0.1)
+
+
+def packed_models(folder: Path) -> dict[str, Path]:
+    """Matrices that stay in the file's own bits: with offsets and without, of all layers and of some."""
+    write_gguf(folder / "q4_0.gguf", random_model(tiny_config("llama")), kind="Q4_0")
+    write_gguf(folder / "q4_1.gguf", random_model(tiny_config("qwen2")), kind="Q4_1")
+    for name, bits, symmetric in (("gptq", 4, True), ("gptq_offsets", 4, False), ("gptq_int8", 8, True)):
+        quantized_folder(folder / name, "gptq", bits, sym=symmetric)
+        write_tokenizer(folder / name)
+    return {path.stem: path for path in (*folder.glob("*.gguf"), *folder.glob("gptq*"))}
+
+
+def test_packed_matrices_are_counted_as_training_holds_them(tmp_path: Path) -> None:
+    models = packed_models(tmp_path)
+    assert len(models) == 5
+    config = TrainConfig(method="qlora", cutoff_len=64, lora_rank=4, dtype="float32")
+    for name, path in models.items():
+        checkpoint = open_checkpoint(path)
+        model = prepare_model(config, checkpoint, "cpu")
+        assert any(isinstance(module, PackedBase) for module in model.modules()), name
+        packed = find_packed(str(path), "qlora")
+        plan = plan_memory(find_sizes(str(path)), config, packed=packed, gpus=0)
+        assert plan.weights == sum(parameter.nbytes for parameter in model.parameters()), name
+        plain = plan_memory(find_sizes(str(path)), replace(config, method="lora"), gpus=0)
+        assert (plan.parameters, plan.trained) == (plain.parameters, plain.trained)
+        # Of the last block only some matrices: the layers of a file need not be alike.
+        some = {kind: packed[kind] for kind in packed if "layers.2." not in kind or "down_proj" in kind}
+        fewer = plan_memory(find_sizes(str(path)), config, packed=some, gpus=0)
+        assert len(some) < len(packed)
+        assert plan.weights < fewer.weights < plain.weights
+    with pytest.raises(ValueError, match=r"method is 'full', but .* whose matrices cannot be trained"):
+        find_packed(str(models["gptq"]), "full")
+    assert find_packed(str(models["q4_0"]), "lora") == find_packed(str(models["gptq"] / "config.json"), "qlora") == {}
 
 
 def test_counts_of_parameters() -> None:

@@ -22,7 +22,7 @@ from qwenkit.train.batch import Sample, TrainBatch
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.log import Meter, ModelFlops, Silent, count_parameters, peak_flops
 from qwenkit.train.loop import Trainer
-from qwenkit.train.methods import compute_dtype, model_of_shapes, prepare_model, trainable_parameters
+from qwenkit.train.methods import compute_dtype, model_of_shapes, prepare_model, stays_packed, trainable_parameters
 from qwenkit.train.parallel import World
 from qwenkit.train.parts import NextTokens, Parts
 from qwenkit.train.plan import plan_memory
@@ -73,7 +73,8 @@ def measure_row(source: Checkpoint | ModelConfig, config: TrainConfig, *, steps:
     dtype = compute_dtype(config, device)
     config = replace(config, dtype=str(dtype).removeprefix("torch."), max_steps=warmup + steps, oom_policy="stop")
     sizes = source if isinstance(source, ModelConfig) else ModelConfig.from_dict(source.config)
-    plan = plan_memory(sizes, config, gpus=int(device.type == "cuda"))
+    packed = None if isinstance(source, ModelConfig) else stays_packed(source, config.method)
+    plan = plan_memory(sizes, config, packed=packed, gpus=int(device.type == "cuda"))
     found: dict[str, Any] = {
         "method": config.method,
         "length": config.cutoff_len,

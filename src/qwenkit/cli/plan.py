@@ -48,8 +48,8 @@ def train(
 ) -> None:
     """Predict the memory of a training run of MODEL_OR_CONFIG on each device.
 
-    It is a model folder, a config.json, a training YAML (of qwenkit or LLaMA-Factory), or a name in recipes/sizes.yaml. Every
-    sample is taken to be cutoff_len tokens long.
+    It is a model folder, a config.json, a training YAML (of qwenkit or LLaMA-Factory), a name in recipes/sizes.yaml, or a model
+    that is on this disk already. Every sample is taken to be cutoff_len tokens long.
     """
     from qwenkit.engine.config import parse_bytes
     from qwenkit.train.config import TrainConfig, parse_assignments, read_settings
@@ -67,8 +67,9 @@ def train(
         folder = path.parent
     config = TrainConfig.from_settings(own | parse_assignments(settings))
     model = find_sizes(config.model, folder)
-    found = plan_memory(model, config, gpus=gpus, per_node=per_node)
-    batch = None if memory is None else largest_batch(model, config, memory, gpus=gpus, per_node=per_node)
+    machines: Any = {"packed": find_packed(config.model, config.method, folder), "gpus": gpus, "per_node": per_node}
+    found = plan_memory(model, config, **machines)
+    batch = None if memory is None else largest_batch(model, config, memory, **machines)
     if as_json:
         record = asdict(found) | {"total": found.total, "largest_batch": batch, "gpus": gpus, "gpu_memory": memory}
         click.echo(json.dumps(record))
@@ -79,28 +80,57 @@ def train(
 
 
 def find_sizes(name: str, folder: Path = Path()) -> ModelConfig:
-    """The ModelConfig of a folder, a config.json, or a name in sizes.yaml of `folder` or of ./recipes.
+    """The ModelConfig of a folder, a config.json, a name in sizes.yaml of `folder` or of ./recipes, or a cached model.
 
     Raises ValueError where there is none of them.
     """
     from qwenkit.model.config import ModelConfig
-    from qwenkit.train.config import read_settings
     from qwenkit.weights.checkpoint import open_checkpoint
+
+    found = _find(name, folder)
+    return ModelConfig.from_dict(open_checkpoint(found).config if isinstance(found, Path) else found)
+
+
+def find_packed(name: str, method: str, folder: Path = Path()) -> dict[str, str]:
+    """Which matrices training would keep in the bits of the file, and their types; none where only sizes are known.
+
+    Raises ValueError as `find_sizes` does, and for a method that trains such matrices.
+    """
+    from qwenkit.train.methods import stays_packed
+    from qwenkit.weights.checkpoint import open_checkpoint
+
+    found = _find(name, folder)
+    if not isinstance(found, Path):
+        return {}
+    checkpoint = open_checkpoint(found)
+    try:
+        return stays_packed(checkpoint, method)
+    except FileNotFoundError:  # a configuration whose weights are elsewhere
+        return {}
+
+
+def _find(name: str, folder: Path) -> dict[str, Any] | Path:
+    """A model on this disk, or else what its config.json says."""
+    from qwenkit.hub.find import find_model
+    from qwenkit.train.config import read_settings
     from qwenkit.weights.stored import read_json
 
     path = Path(name).expanduser()
     if path.suffix == ".json" and path.is_file():
-        return ModelConfig.from_dict(read_json(path))  # to YAML 1e-06 is a text
+        return read_json(path)  # to YAML 1e-06 is a text
     if path.exists():
-        return ModelConfig.from_dict(open_checkpoint(path).config)
+        return path
     known: dict[str, Any] = {}
     for table in (folder / SIZES, Path("recipes") / SIZES):
         if table.is_file():
             known = read_settings(table) | known
-    if name not in known:
+    if name in known:
+        return dict(known[name])
+    try:
+        return find_model(name, download=False)
+    except (ValueError, FileNotFoundError):
         hint = nearest(name, known) if known else "no recipes/sizes.yaml is here either"
-        raise ValueError(f"{name!r} is no model folder, config.json or name in {SIZES}; {hint}")
-    return ModelConfig.from_dict(known[name])
+        raise ValueError(f"{name!r} is no model folder, config.json or name in {SIZES}; {hint}") from None
 
 
 def _size(text: str, parse: Any) -> int:

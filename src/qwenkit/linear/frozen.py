@@ -61,7 +61,11 @@ class PackedBase(nn.Module):
     def fill(self, kind: str, stored: Any) -> None:
         """Take the checkpoint's weight."""
         assert kind == "weight"
-        packed, device = self._pack(stored), self.q.device
+        self.take(self._pack(stored))
+
+    def take(self, packed: PackedWeight) -> None:
+        """Keep a matrix that is packed already, where this module lies."""
+        device = self.q.device
         self._form = packed.bits, packed.rows, packed.cols, packed.group
         for name in _TENSORS:
             value = getattr(packed, name)

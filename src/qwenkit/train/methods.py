@@ -7,7 +7,7 @@ the packed matrices of a GPTQ or AWQ checkpoint, which stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from qwenkit.weights.adapter_saving import AdapterSettings, save_adapter
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.export import SCORE, dtype_change, reward_changes
 from qwenkit.weights.load import empty_and_stored, empty_model, load_model
-from qwenkit.weights.pack import packer
+from qwenkit.weights.pack import packed_outline, packer
 from qwenkit.weights.reward import WithoutScore
 from qwenkit.weights.saving import Form, Outgoing, copy_tokenizer, fused_as_qwen1, into_folder, parse_size, write_model
 from qwenkit.weights.stored import StoredTensor
@@ -69,15 +69,21 @@ def outline_model(
 
 def can_outline(checkpoint: Checkpoint, method: str) -> bool:
     """Whether parts of a model can be read: packed matrices know their form only when they were read whole."""
-    return not _packed(checkpoint, method)
+    return not stays_packed(checkpoint, method)
 
 
-def _packed(checkpoint: Checkpoint, method: str) -> set[str]:
-    """Names of the matrices that stay as the checkpoint has them: those of GPTQ and AWQ, and for qlora 4-bit blocks of GGUF,
-    which NF4 would round a second time.
+def stays_packed(checkpoint: Checkpoint, method: str) -> dict[str, str]:
+    """The matrices that stay as the checkpoint has them, and their types: those of GPTQ and AWQ, and for qlora 4-bit blocks of
+    GGUF, which NF4 would round a second time. ValueError for a method that trains them.
     """
     kept = ("CODES", "Q4_0", "Q4_1") if method == "qlora" else ("CODES",)
-    return {stored.name for stored in checkpoint.tensors() if stored.dtype.startswith(kept)}
+    packed = {stored.name: stored.dtype for stored in checkpoint.tensors() if stored.dtype.startswith(kept)}
+    if packed and method not in ADAPTERS:
+        raise ValueError(
+            f"method is {method!r}, but {checkpoint.path} is quantized by GPTQ or AWQ, whose matrices cannot be trained; "
+            "allowed are lora and qlora, or the 16-bit model that it was made from"
+        )
+    return packed
 
 
 def _prepared(
@@ -88,12 +94,7 @@ def _prepared(
     progress: bool,
 ) -> Qwen:
     """`outlined`, where it is given, gets what the checkpoint has for a base that stays without memory."""
-    packed = _packed(checkpoint, config.method)
-    if packed and config.method not in ADAPTERS:
-        raise ValueError(
-            f"method is {config.method!r}, but {checkpoint.path} is quantized by GPTQ or AWQ, whose matrices cannot be trained; "
-            "allowed are lora and qlora, or the 16-bit model that it was made from"
-        )
+    packed = stays_packed(checkpoint, config.method)
     body = WithoutScore(checkpoint) if config.stage == "rm" else checkpoint
     dtype, swaps = compute_dtype(config, device), _base_swaps(config, packed)
     if outlined is None:
@@ -125,15 +126,19 @@ def _prepared(
     return model.train()
 
 
-def model_of_shapes(sizes: ModelConfig, config: TrainConfig) -> Qwen:
+def model_of_shapes(sizes: ModelConfig, config: TrainConfig, packed: Mapping[str, str] | None = None) -> Qwen:
     """What `prepare_model` makes of a model of these sizes, on the meta device: names, shapes, and what is trained.
 
-    An adapter to go on with is not read; a new one of lora_rank stands for it.
+    `packed` is what `stays_packed` says. An adapter to go on with is not read; a new one of lora_rank stands for it.
     """
-    config = replace(config, adapter=None)
+    packed, config = packed or {}, replace(config, adapter=None)
     model = empty_model(sizes, compute_dtype(config, "cpu"))
-    for swap in _base_swaps(config, set()):
+    for swap in _base_swaps(config, packed):
         swap_linears(model, swap)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedBase):
+            kind = packed[f"{name}.weight"]
+            module.to("meta").take(packed_outline(kind, module.out_features, module.in_features))
     if config.method in ADAPTERS:
         _adapt(model, config, None)
     elif config.method == "freeze":
@@ -146,7 +151,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _base_swaps(config: TrainConfig, packed: set[str]) -> list[Swap]:
+def _base_swaps(config: TrainConfig, packed: Mapping[str, str]) -> list[Swap]:
     """What keeps the base in few bits: packed matrices as they are, else for qlora NF4 in all but embedding, head and routers."""
 
     def make(name: str, module: nn.Linear | nn.Embedding) -> nn.Module | None:

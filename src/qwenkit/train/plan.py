@@ -8,7 +8,7 @@ the same time is counted, and since every further layer adds the same, the whole
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwenkit import ops
+from qwenkit.linear.frozen import PackedBase
+from qwenkit.linear.nf4 import NF4Linear
 from qwenkit.model.config import ModelConfig
 from qwenkit.train.batch import TrainBatch
 from qwenkit.train.config import TrainConfig
@@ -33,8 +35,8 @@ CUDA_CONTEXT = 700 * 2**20  # the driver's context, cuBLAS's workspaces, loaded 
 # A process on a CPU, measured at the end of runs: the interpreter, torch without CUDA and its libraries, all modules ...
 CPU_PROCESS = 270 * 2**20
 TOKEN_BYTES = 900  # ... what a tokenizer takes for each of its tokens ...
-# ... and of activations and gradients the share that malloc holds between pieces of many sizes. Given back piece by piece it
-# would be 3 %, but then every step pays for its pages anew, a fifth of its time.
+# ... and of activations and gradients the share that malloc holds between pieces of many sizes. With a lower mmap threshold
+# the peak of lora with 8 samples of 256 tokens was 8 % lower, but the system's time three times as long, so it is left as it is.
 MALLOC_SHARE = 0.15
 NCCL_BUFFERS = 600 * 2**20  # of the communicators
 PAIRED = ("dpo", "orpo", "rm")  # stages of which a sample is two documents
@@ -64,9 +66,17 @@ class MemoryPlan:
         return self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.runtime
 
 
-def plan_memory(model: ModelConfig, config: TrainConfig, *, gpus: int = 1, per_node: int = 8) -> MemoryPlan:
+def plan_memory(
+    model: ModelConfig,
+    config: TrainConfig,
+    *,
+    packed: Mapping[str, str] | None = None,
+    gpus: int = 1,
+    per_node: int = 8,
+) -> MemoryPlan:
     """Predict the peak of a step. `gpus` 0 stands for one process on a CPU, whose total is its peak resident memory.
 
+    `packed`: which matrices stay as the checkpoint has them, and their types, as `methods.stays_packed` says.
     Every sample is taken to be cutoff_len long and every token a target. Raises ValueError for a layout that does not fit the
     number of GPUs, and for freeze_trainable, whose patterns belong to layers that the small model does not have.
     """
@@ -83,12 +93,12 @@ def plan_memory(model: ModelConfig, config: TrainConfig, *, gpus: int = 1, per_n
     documents = config.batch_size * (2 if config.stage in PAIRED else 1)
     # Of one process's gradients all are in the sum, so that it can be divided; sharded ones are always there.
     micro_batches = min(config.gradient_accumulation_steps, 2) if shard == 1 else 2
-    whole = _extrapolated(local, config, [config.cutoff_len] * documents, micro_batches)
+    whole = _extrapolated(local, config, packed, [config.cutoff_len] * documents, micro_batches)
     # What dpo and kto measure against is a copy of the model that each process holds whole.
     references = config.stage in ("dpo", "kto") and config.method not in ("lora", "qlora")
     gathered = 0
     if shard > 1:
-        block = _extrapolated(_with_layers(local, 1), config, [1], 1)
+        block = _extrapolated(_with_layers(local, 1), config, packed, [1], 1)
         # Two blocks at a time, the next one on its way, and the embedding and the head from start to end.
         per_layer = (whole.weights - block.weights) // max(local.num_hidden_layers - 1, 1)
         gathered = 2 * per_layer + (block.weights - per_layer)
@@ -111,13 +121,19 @@ def plan_memory(model: ModelConfig, config: TrainConfig, *, gpus: int = 1, per_n
 
 
 def largest_batch(
-    model: ModelConfig, config: TrainConfig, memory: int, *, gpus: int = 1, per_node: int = 8
+    model: ModelConfig,
+    config: TrainConfig,
+    memory: int,
+    *,
+    packed: Mapping[str, str] | None = None,
+    gpus: int = 1,
+    per_node: int = 8,
 ) -> int | None:
     """The largest per_device_train_batch_size with which the peak stays within `memory` bytes; None where 1 is too much."""
 
     def total(batch: int) -> int:
         wanted = replace(config, per_device_train_batch_size=batch)
-        return plan_memory(model, wanted, gpus=gpus, per_node=per_node).total
+        return plan_memory(model, wanted, packed=packed, gpus=gpus, per_node=per_node).total
 
     one, two = total(1), total(2)
     if one > memory:
@@ -171,7 +187,9 @@ def _with_layers(model: ModelConfig, layers: int) -> ModelConfig:
     return replace(model, num_hidden_layers=layers, sliding_windows=model.sliding_windows[-1:] * layers, moe=moe)
 
 
-def _extrapolated(model: ModelConfig, config: TrainConfig, lengths: list[int], micro_batches: int) -> MemoryPlan:
+def _extrapolated(
+    model: ModelConfig, config: TrainConfig, packed: Mapping[str, str] | None, lengths: list[int], micro_batches: int
+) -> MemoryPlan:
     """The plan of a model of many layers from three of few: (frozen, trained) = (f, t), (f + 1, t), (f, t + 1)."""
     layers = model.num_hidden_layers
     count = config.freeze_trainable_layers
@@ -181,7 +199,7 @@ def _extrapolated(model: ModelConfig, config: TrainConfig, lengths: list[int], m
 
     def measured(few_frozen: int, few_trained: int) -> dict[str, int]:
         settings = replace(config, freeze_trainable_layers=sign * few_trained)
-        return _measure(_with_layers(model, few_frozen + few_trained), settings, lengths, micro_batches)
+        return _measure(_with_layers(model, few_frozen + few_trained), settings, packed, lengths, micro_batches)
 
     least_frozen, least_trained = min(frozen, 1), min(trained, 2)
     first = measured(least_frozen, least_trained)
@@ -191,6 +209,8 @@ def _extrapolated(model: ModelConfig, config: TrainConfig, lengths: list[int], m
     if trained > least_trained:
         changes.append((trained - least_trained, measured(least_frozen, least_trained + 1)))
     sums = {name: value + sum(times * (more[name] - value) for times, more in changes) for name, value in first.items()}
+    if packed:  # a quantized file may store each layer in another way
+        sums["weights"] = _weights(model_of_shapes(model, config, packed))
     peak = max(sums.pop("early"), sums.pop("late"))
     return MemoryPlan(
         **sums,
@@ -204,7 +224,13 @@ def _extrapolated(model: ModelConfig, config: TrainConfig, lengths: list[int], m
     )
 
 
-def _measure(model_config: ModelConfig, config: TrainConfig, lengths: list[int], micro_batches: int) -> dict[str, int]:
+def _measure(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    packed: Mapping[str, str] | None,
+    lengths: list[int],
+    micro_batches: int,
+) -> dict[str, int]:
     """Run micro-batches of one step on the meta device, and see what lives at their peak. From the second on, all gradients
     are there while activations are.
 
@@ -214,13 +240,13 @@ def _measure(model_config: ModelConfig, config: TrainConfig, lengths: list[int],
     """
     ids = torch.zeros(sum(lengths), dtype=torch.int64, device="meta")
     batch = TrainBatch(ids, ids, lengths, [""] * len(lengths))
-    model = model_of_shapes(model_config, config).train()
+    model = model_of_shapes(model_config, config, packed).train()
     if config.gradient_checkpointing:
         recompute_blocks(model)
     parameters = trainable_parameters(model)
     optimizer = Optimizer(parameters, config)
     stepped = [tensor.nbytes for tensor in optimizer.stepped.values()]
-    weights = _bytes(model.parameters()) + _bytes(model.buffers())
+    weights = _weights(model)
     states = sum(tensor.nbytes for tensor in optimizer.tensors().values())
     if config.ema is not None:
         states += sum(4 * parameter.numel() for parameter in parameters.values())
@@ -246,8 +272,8 @@ def _measure(model_config: ModelConfig, config: TrainConfig, lengths: list[int],
     }
 
 
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _weights(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _numbers(model: nn.Module) -> int:
@@ -255,7 +281,7 @@ def _numbers(model: nn.Module) -> int:
     quantized = {
         f"{name}.": module.in_features * module.out_features
         for name, module in model.named_modules()
-        if hasattr(module, "codes")
+        if isinstance(module, NF4Linear | PackedBase)
     }
     plain = sum(
         parameter.numel()

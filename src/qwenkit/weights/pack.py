@@ -73,6 +73,16 @@ def pack_stored(stored: StoredTensor, bits: int) -> PackedWeight:
     return _joined(stored.shape[0], packed)
 
 
+def packed_outline(kind: str, rows: int, cols: int) -> PackedWeight:
+    """What `pack_stored` makes of a matrix of a quantized type that it keeps, on the meta device: shapes, and no memory."""
+    codes = _CODES.fullmatch(kind)
+    assert codes or kind in _READ_BLOCKS
+    bits, group = (int(codes[1]), int(codes[2])) if codes else (_block_bits(kind), BLOCK)
+    symmetric = bool(codes[3]) if codes else not kind.endswith("_1")
+    scale = torch.empty(rows, cols // group, dtype=torch.float16, device="meta")
+    return _packed((scale.new_empty(rows, cols, dtype=torch.uint8), scale, None if symmetric else scale), bits, group)
+
+
 def _chunks(stored: StoredTensor, read: Callable[[int, int], torch.Tensor] | Callable[[int, int], Bytes]) -> Iterator:
     rows, cols = stored.shape
     step = max(CHUNK_ELEMENTS // cols // ROWS, 1) * ROWS  # whole blocks, so that only the last is padded
@@ -105,7 +115,11 @@ def _padded(rows: int) -> int:
 def _pack_blocks(kind: str, raw: Bytes) -> PackedWeight:
     """Raw blocks (rows, bytes of a row) of a GGUF type."""
     codes, scale, offset = _READ_BLOCKS[kind](raw.reshape(raw.shape[0], -1, _BLOCK_BYTES[kind]))
-    return _packed((codes, scale, offset), 4 if kind.startswith("Q4") else 8, BLOCK)
+    return _packed((codes, scale, offset), _block_bits(kind), BLOCK)
+
+
+def _block_bits(kind: str) -> int:
+    return 4 if kind.startswith("Q4") else 8
 
 
 def _pack_runs(raw: Bytes, bits: int, run: int, symmetric: bool) -> PackedWeight:
