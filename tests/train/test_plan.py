@@ -267,6 +267,13 @@ def test_sharding_divides_what_lasts() -> None:
     assert cut.parameters == pytest.approx(eight.parameters, rel=1e-3)
 
 
+def test_the_reference_of_dpo_is_shared_too() -> None:
+    config = TrainConfig(method="full", parallel="fsdp", gradient_checkpointing=True, cutoff_len=2048)
+    plain, dpo = bytes_of(config, gpus=8), bytes_of(replace(config, stage="dpo"), gpus=8)
+    assert dpo.weights == 2 * plain.weights
+    assert bytes_of(replace(config, stage="dpo"), gpus=16).weights == pytest.approx(plain.weights)
+
+
 def test_a_gpu_has_a_runtime_and_bfloat16() -> None:
     cpu, gpu = (plan_memory(SMALL, TrainConfig(method="full"), gpus=gpus) for gpus in (0, 1))
     assert cpu.runtime > CPU_PROCESS

@@ -15,6 +15,7 @@ from qwenkit.model.qwen import Qwen
 from qwenkit.train.batch import IGNORE, Pair, Sample, TrainBatch
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.methods import prepare_model, trainable_parameters
+from qwenkit.train.parallel import World
 from qwenkit.train.preference import (
     Objective,
     dpo_losses,
@@ -196,7 +197,7 @@ def test_at_the_start_the_reference_is_the_model_itself(folder: Path) -> None:
         config = settings(folder, **changes)
         checkpoint = open_checkpoint(folder)
         model = prepare_model(config, checkpoint, "cpu")
-        reference = make_reference(config, checkpoint, "cpu", model)
+        reference = make_reference(config, checkpoint, World(), model)
         assert (reference is None) is (changes in ({}, {"use_dora": True}))
         loss, _ = objective(config, reference)(model, batch)
         assert float(loss.detach()) == pytest.approx(3 * math.log(2), rel=1e-5)

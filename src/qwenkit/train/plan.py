@@ -94,7 +94,7 @@ def plan_memory(
     # Of one process's gradients all are in the sum, so that it can be divided; sharded ones are always there.
     micro_batches = min(config.gradient_accumulation_steps, 2) if shard == 1 else 2
     whole = _extrapolated(local, config, packed, [config.cutoff_len] * documents, micro_batches)
-    # What dpo and kto measure against is a copy of the model that each process holds whole.
+    # What dpo and kto measure against is a second model, shared as the first is.
     references = config.stage in ("dpo", "kto") and config.method not in ("lora", "qlora")
     gathered = 0
     if shard > 1:
@@ -103,10 +103,11 @@ def plan_memory(
         per_layer = (whole.weights - block.weights) // max(local.num_hidden_layers - 1, 1)
         gathered = 2 * per_layer + (block.weights - per_layer)
         if config.method in ("full", "freeze"):
-            gathered += 2 * per_layer  # a block's gradients, and the buffer that they are summed in
+            # A block's gradients, and the buffer that they are summed in; or, earlier, the reference's embedding and head.
+            gathered += max(2 * per_layer, references * (block.weights - per_layer))
     return replace(
         whole,
-        weights=whole.weights // shard + references * whole.weights * tensor,
+        weights=(1 + references) * (whole.weights // shard),
         gradients=whole.gradients // shard,
         optimizer=whole.optimizer // shard,
         activations=whole.activations + _gathered_logits(model, config, tensor),

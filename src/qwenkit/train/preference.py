@@ -20,7 +20,8 @@ from qwenkit.model.qwen import Qwen
 from qwenkit.train.batch import IGNORE, PairIndex, TrainBatch
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.loss import hidden_states, token_losses
-from qwenkit.train.methods import ADAPTERS, prepare_model, trainable_parameters
+from qwenkit.train.methods import ADAPTERS, can_outline, outline_model, prepare_model, trainable_parameters
+from qwenkit.train.parallel import World, fill_slices, reshard, wrap
 from qwenkit.weights.checkpoint import Checkpoint
 
 Metrics = dict[str, float]
@@ -112,6 +113,8 @@ class Objective:
         """Without its adapters nothing in a model depends on whether it is training."""
         with adapters_off(model) if self.reference is None else nullcontext():
             yield model if self.reference is None else self.reference
+        if self.reference is not None:
+            reshard(self.reference)
 
 
 def objective(config: TrainConfig, reference: Qwen | None = None) -> Objective:
@@ -122,7 +125,7 @@ def objective(config: TrainConfig, reference: Qwen | None = None) -> Objective:
 def make_reference(
     config: TrainConfig,
     checkpoint: Checkpoint,
-    device: torch.device | str,
+    world: World,
     model: Qwen,
     *,
     ref_checkpoint: Checkpoint | None = None,
@@ -130,7 +133,8 @@ def make_reference(
     """What the model is measured against: None where switching its adapters off gives that, else a frozen copy.
 
     A copy is needed where anything but new adapters is trained, or an adapter is trained on, and where `config.ref_model` names
-    another model, which is `ref_checkpoint`. It lies in memory as the base does: in 4 bits for qlora.
+    another model, which is `ref_checkpoint`. It lies in memory as the base does: in 4 bits for qlora, and shared by the processes
+    that share the model, all of which must call this.
     """
     if not needs_reference(config):
         return None
@@ -141,7 +145,13 @@ def make_reference(
     if config.ref_model is not None and ref_checkpoint is None:
         raise ValueError(f"ref_model is {config.ref_model!r}, but its checkpoint was not opened")
     settings = config.settings() | {"adapter": None if ref_checkpoint is not None else config.adapter}
-    return prepare_model(TrainConfig.from_settings(settings), source, device).requires_grad_(False).eval()
+    chosen = TrainConfig.from_settings(settings)
+    if not world.shares or not can_outline(source, chosen.method):
+        return wrap(prepare_model(chosen, source, world.device).requires_grad_(False).eval(), chosen, world)
+    reference, stored = outline_model(chosen, source, world.device)
+    reference = wrap(reference.requires_grad_(False).eval(), chosen, world)
+    fill_slices(reference, stored, world.device, new_adapter=chosen.adapter is None)
+    return reference
 
 
 def log_probabilities(model: Qwen, batch: TrainBatch, *, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,14 +95,14 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
         for split in (("train", "eval") if config.has_eval else ("train",))
     }
     say(str(data["train"].report))
-    shared = world.shard > 1 or world.tensor > 1
-    sliced = shared and can_outline(checkpoint, config.method)
+    sliced = world.shares and can_outline(checkpoint, config.method)
     if sliced:
         model, stored = outline_model(config, checkpoint, world.device)
     else:
-        if shared:
+        if world.shares:
             say(
-                "each process reads the whole model and then keeps its share: matrices of GPTQ and AWQ are read whole only"
+                "each process reads the whole model and then keeps its share: "
+                "packed matrices (GPTQ, AWQ, 4-bit GGUF) are read whole only"
             )
         model = prepare_model(config, checkpoint, world.device, progress=bar)
     dtype = compute_dtype(config, world.device)
@@ -111,10 +111,6 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
             "dtype is float16: activations of Qwen models exceed its largest number, 65504, and losses become nan; use bfloat16"
         )
     goal = _objective(config, checkpoint, model, world)
-    if shared and getattr(goal, "reference", None) is not None:
-        say(
-            f"each process holds the whole frozen model that {config.stage} measures against; only the trained one is shared"
-        )
     flops = ModelFlops.of(model)
     if config.gradient_checkpointing:
         recompute_blocks(model)
@@ -227,7 +223,7 @@ def _objective(config: TrainConfig, checkpoint: Checkpoint, model: Qwen, world: 
     if config.stage not in STAGES:
         return NextTokens(config.loss_chunk)
     other = open_checkpoint(find_model(config.ref_model)) if config.ref_model is not None else None
-    return objective(config, make_reference(config, checkpoint, world.device, model, ref_checkpoint=other))
+    return objective(config, make_reference(config, checkpoint, world, model, ref_checkpoint=other))
 
 
 @torch.no_grad()

@@ -82,6 +82,11 @@ class World:
         return self.rank == 0
 
     @property
+    def shares(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.shard > 1 or self.tensor > 1
+
+    @property
     def layout(self) -> str:
         """For people: `1 process`, `8 processes: shard 4, tensor 2`."""
         if self.world_size == 1:
