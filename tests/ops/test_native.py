@@ -17,6 +17,8 @@ relaxed = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 seeds = st.integers(0, 10_000)
+# What weights of attention in steps of 1/255 may change in a sum of int8 values up to 4: half a step of some of them.
+BYTE_WEIGHTS = 4e-2
 
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
@@ -173,8 +175,8 @@ def test_paged_attention(
     starts = torch.tensor([0, *itertools.accumulate(new for new, _ in lengths)])
     q = torch.randn(int(starts[-1]), kv_heads * group, dim) * 2
     arguments = (q, cache, starts, torch.tensor(totals), tables, window)
-    # an int8 cache meets queries of 16 bits
-    tolerance = 3e-4 if dtype == torch.int8 else 3e-6
+    # an int8 cache meets queries of 16 bits and weights of 8
+    tolerance = BYTE_WEIGHTS if dtype == torch.int8 else 6e-6
     torch.testing.assert_close(
         native_result("paged_attention", *arguments), reference.paged_attention(*arguments), atol=tolerance, rtol=1e-5
     )
@@ -201,7 +203,7 @@ def test_a_token_of_a_long_request_is_the_same_bit_for_bit_however_it_is_compute
 
     chunk = attend(q, [0, 30], [total])
     expected = reference.paged_attention(q, cache, torch.tensor([0, 30]), torch.tensor([total]), tables, window)
-    tolerance = 3e-4 if dtype == torch.int8 else 3e-6
+    tolerance = BYTE_WEIGHTS if dtype == torch.int8 else 6e-6
     torch.testing.assert_close(chunk, expected, atol=tolerance, rtol=1e-5)
     assert torch.equal(attend(q[-1:].contiguous(), [0, 1], [total])[0], chunk[-1])
     many = 8 * (os.cpu_count() or 1) + 1

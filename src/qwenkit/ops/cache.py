@@ -1,8 +1,8 @@
 """The paged cache of one layer's keys and values: how it lies in memory, for every implementation of the ops alike.
 
 Keys of a block and head are [D / pack][block_size][4 bytes] with pack channels in 4 bytes, so that a vector loaded from them
-holds the same channels of successive positions; values are [block_size][D]. int8 keeps an fp32 scale for each token and head,
-int4 two bf16: scale and offset. A quantized cache may keep keys without the model's key bias (`KeyBias`).
+holds the same channels of successive positions; values are [block_size][D]. int8 keeps a bf16 scale for each token and head,
+int4 two: scale and offset. A quantized cache may keep keys without the model's key bias (`KeyBias`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class KeyBias:
 class KVCache:
     """keys (blocks, K, D / pack, block_size, elements in 4 bytes), values (blocks, K, block_size, D) in `dtype`.
 
-    int8: key_scale and value_scale (blocks, K, block_size) fp32, value = scale * q, keys plus INT8_OFFSET. int4: values
+    int8: key_scale and value_scale (blocks, K, block_size) bf16, value = scale * q, keys plus INT8_OFFSET. int4: values
     (blocks, K, block_size, D / 2) bytes, channel d low and d + D / 2 high; of keys the channels 8 i .. 8 i + 3 low and the next
     four high; scales (blocks, K, block_size, 2) bf16, value = scale * q + offset with q from 0 to 15.
     """
@@ -84,11 +84,9 @@ class KVCache:
         keys = (blocks, heads, dim // pack, block_size, max(1, 4 // elements.itemsize))
         row = dim // 2 if dtype == INT4 else dim
         key_scale = value_scale = None
-        if dtype == torch.int8:
-            key_scale, value_scale = (torch.empty(blocks, heads, block_size, device=device) for _ in range(2))
-        elif dtype == INT4:
-            pairs = (blocks, heads, block_size, 2)
-            key_scale, value_scale = (torch.empty(pairs, dtype=torch.bfloat16, device=device) for _ in range(2))
+        if dtype in QUANTIZED:
+            scales = (blocks, heads, block_size, 2) if dtype == INT4 else (blocks, heads, block_size)
+            key_scale, value_scale = (torch.empty(scales, dtype=torch.bfloat16, device=device) for _ in range(2))
         return cls(
             dtype,
             torch.empty(keys, dtype=elements, device=device),
@@ -182,12 +180,14 @@ def _pack(dtype: torch.dtype) -> int:
 
 
 def _bytes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, K, D) -> whole numbers from -127 to 127 as fp32, and scales (T, K). What is not finite makes the scale NaN."""
-    largest = x.float().abs().amax(-1)
+    """x (T, K, D) -> whole numbers from -127 to 127 as fp32, and scales (T, K) bf16.
+
+    Scales are rounded first and the numbers follow them. What is not finite makes its scale NaN.
+    """
     lost = ~x.isfinite().all(-1)
-    scale = (largest / 127).masked_fill(lost, torch.nan)
-    inverse = torch.where(lost | (largest == 0), 0.0, largest.new_tensor(127.0) / largest)
-    return (x.float() * inverse[..., None]).nan_to_num(0, 0, 0).round(), scale
+    scale = (x.float().abs().amax(-1) / 127).masked_fill(lost, torch.nan).bfloat16()
+    inverse = torch.where(lost | (scale == 0), 0.0, 1.0 / scale.float())
+    return (x.float() * inverse[..., None]).nan_to_num(0, 0, 0).round().clamp(-127, 127), scale
 
 
 def _nibbles(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,4 +206,6 @@ def _nibbles(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def bytes_per_token(heads: int, dim: int, dtype: torch.dtype) -> int:
     """Keys and values of one token in one layer, scales included."""
-    return 2 * heads * (dim * 4 // _pack(dtype) + 4 if dtype in QUANTIZED else dim * dtype.itemsize)
+    if dtype not in QUANTIZED:
+        return 2 * heads * dim * dtype.itemsize
+    return 2 * heads * (dim * 4 // _pack(dtype) + (4 if dtype == INT4 else 2))

@@ -111,14 +111,15 @@ def dequantize(weight: PackedWeight) -> torch.Tensor:
         pairs = weight.q.view(torch.bfloat16).unflatten(1, (weight.cols // 2, LANES, 2))
         return pairs.transpose(1, 2).reshape(-1, weight.cols)[: weight.rows].float()
     codes = unpack_codes(weight.q, weight.bits, weight.rows, weight.cols).float()
+    # In place: under training each matrix of a step's two passes is made here, and every copy would leave a hole in the heap.
     if weight.row_scale is not None:
-        return (codes - weight.zero) * weight.row_scale[: weight.rows, None]
+        return codes.sub_(weight.zero).mul_(weight.row_scale[: weight.rows, None])
     assert weight.scale is not None
     grouped = codes.unflatten(1, (-1, weight.group))
     scale = _by_row(weight.scale, weight.rows)
     if weight.offset is None:
-        return ((grouped - weight.zero) * scale).flatten(1)
-    return (grouped * scale + _by_row(weight.offset, weight.rows)).flatten(1)
+        return grouped.sub_(weight.zero).mul_(scale).flatten(1)
+    return grouped.mul_(scale).add_(_by_row(weight.offset, weight.rows)).flatten(1)
 
 
 def _by_row(groups: torch.Tensor, rows: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ inline void store_row(const Pass& pass, int r, int64_t dim, float* to) {
 inline void fold(float* total, const float* part, int64_t dim) {
   const float was = total[dim + LANES], comes = part[dim + LANES], now = was > comes ? was : comes;
   if (now == -INFINITY) return;
-  const F16 old = f_exp(f_set1(was - now)), fresh = f_exp(f_set1(comes - now));
+  const F16 old = f_exp2(f_set1(was - now)), fresh = f_exp2(f_set1(comes - now));
   int64_t d = 0;
   for (; d + LANES <= dim + LANES; d += LANES) f_store(total + d, f_fma(f_load(part + d), fresh, f_mul(f_load(total + d), old)));
   if (d < dim + LANES) {  // head_dim is no multiple of 16: the last sums and the weights, one by one
@@ -44,12 +44,14 @@ inline void write_row(const float* total, int64_t dim, bool bytes, float* to) {
   for (; d < dim; d++) to[d] = total[d] * f_first(inverse);
 }
 
-// One key head of some tokens of a row: which queries, where their result goes, and what their keys are.
+// Some tokens of a request with one key head, or one token with several: which queries, where their result goes, what their keys are.
 struct Item {
   const float* q;
   float* out;
   const int32_t* table;
-  int64_t kv_head, first_position;
+  int64_t kv_head;
+  int kv_heads;
+  int64_t first_position;
   int tokens;
   const KeyBias* bias;  // or null
   int64_t first_place;  // in the bias's table, of the request's first token
@@ -57,6 +59,12 @@ struct Item {
   int64_t last() const { return first_position + tokens - 1; }
   int64_t start(const Heads& h) const { return h.window > 0 && first_position >= h.window ? first_position - h.window + 1 : 0; }
 };
+
+// Rows that those of one key head take in a pass, with the ones that fill up the last 8 or 4.
+inline int padded(int rows) {
+  const int rest = rows % 8;
+  return rows - rest + (rest < 2 ? rest : rest <= 4 ? 4 : 8);
+}
 
 inline Pass& pass_of_thread() {
   static thread_local Pass of_thread;
@@ -67,117 +75,176 @@ inline Pass& pass_of_thread() {
 
 template <int PACK>
 inline void read_queries(const Heads& h, const Item& item, Pass& pass) {
-  const int64_t group = h.heads / h.kv_heads;
-  if (item.bias) turn_queries(h, *item.bias, item.bias->bias + item.kv_head * h.dim, item.q, (int)(item.tokens * group), pass);
-  if (PACK >= CACHE_INT8)
-    for (int r = 0; r < item.tokens * group; r++)
-      quantize_query<PACK>(item.q + r / group * h.heads * h.dim + r % group * h.dim, h.dim, pass.query_rows[r], pass.queries + r * 2 * h.dim);
+  const int group = (int)h.group(), rows = item.tokens * group;
+  pass.num_angles = 0;
+  for (int64_t d = 0; item.bias && d < item.bias->half; d++) {
+    bool turns = false;
+    for (int head = 0; head < item.kv_heads; head++) {
+      const float* b = item.bias->of(item.kv_head + head, h.dim);
+      turns |= b[d] != 0 || b[item.bias->half + d] != 0;
+    }
+    if (turns) pass.angles[pass.num_angles++] = d;
+  }
+  for (int head = 0; head < item.kv_heads; head++)
+    for (int r = 0; r < rows; r++) {
+      const int row = head * padded(rows) + r, token = r / group;
+      const float* query = item.q + (token * h.heads + head * group + r % group) * h.dim;
+      pass.query_of[row] = query;
+      pass.token_of[row] = token;
+      if (PACK >= CACHE_INT8) quantize_query<PACK>(query, h.dim, pass.query_rows[row], pass.queries + row * 2 * h.dim);
+      if (item.bias)
+        turn_query(pass, query, item.bias->of(item.kv_head + head, h.dim), item.bias->half, h.scale, pass.turns + row * 2 * item.bias->half);
+    }
 }
 
 // What an item gathers from one part of its keys. It is the same, bit for bit, whoever computes the other parts and however many
-// tokens the item has.
+// tokens or heads the item has.
 template <int PACK>
 inline void attend_part(const Heads& h, const Cache& cache, const Item& item, int64_t part, Pass& pass) {
-  const int64_t group = h.heads / h.kv_heads, last = item.last();
-  const int rows = (int)(item.tokens * group);
-  for (int r = 0; r < rows + PAD + LANES; r++) pass.largest[r] = -INFINITY;
-  memset(pass.weight_sums, 0, (rows + PAD) * LANES * sizeof(float));
-  memset(pass.sums, 0, (rows + PAD) * h.dim * sizeof(float));
+  const int group = (int)h.group(), rows = item.tokens * group, all = item.kv_heads * padded(rows);
+  const int64_t last = item.last();
+  for (int r = 0; r < all + PAD + LANES; r++) pass.largest[r] = -INFINITY;
+  memset(pass.weight_sums, 0, (all + PAD) * LANES * sizeof(float));
+  memset(pass.sums, 0, (all + PAD) * h.dim * sizeof(float));
   Tile tile;
-  tile.largest_value_scale = 0;
+  tile.byte_step = 0;
   const int64_t from = std::max(part * PART_KEYS, item.start(h) / KEYS * KEYS), end = std::min((part + 1) * PART_KEYS, last + 1);
-  for (int64_t start = from; start < end; start += KEYS) {
-    prefetch_tile(cache, item.table, item.kv_head, start + KEYS, last);
-    open_tile<PACK>(cache, item.table, item.kv_head, start, last, pass, tile);
-    for (int half = 0; item.bias && half < 2; half++) {
-      tile.cos[half] = item.bias->table + item.first_place + start + half * LANES;
-      tile.sin[half] = tile.cos[half] + item.bias->half * item.bias->length;
+  for (int64_t start = from; start < end; start += KEYS)
+    for (int head = 0; head < item.kv_heads; head++) {
+      find_next(cache, item.table, item.kv_head + head, start, last, tile);
+      open_tile<PACK>(cache, item.table, item.kv_head + head, start, last, pass, tile);
+      for (int half = 0; item.bias && half < 2; half++) {
+        tile.cos[half] = item.bias->table + item.first_place + start + half * LANES;
+        tile.sin[half] = tile.cos[half] + item.bias->half * item.bias->length;
+      }
+      const int first = head * padded(rows), stop = first + rows;
+      int r = first + (start > item.first_position ? (int)(start - item.first_position) * group : 0);  // earlier tokens see none of these
+      for (; r + 4 < stop; r += 8) attend_rows<PACK, 8>(h, item.bias, pass, tile, r, stop, start, item.first_position);
+      for (; r + 1 < stop; r += 4) attend_rows<PACK, 4>(h, item.bias, pass, tile, r, stop, start, item.first_position);
+      for (; r < stop; r++) attend_rows<PACK, 1>(h, item.bias, pass, tile, r, stop, start, item.first_position);
     }
-    int r = start > item.first_position ? (int)((start - item.first_position) * group) : 0;  // earlier tokens see none of these keys
-    for (; r + 4 < rows; r += 8) attend_rows<PACK, 8>(h, item.bias, pass, tile, r, rows, item.q, start, item.first_position);
-    for (; r + 1 < rows; r += 4) attend_rows<PACK, 4>(h, item.bias, pass, tile, r, rows, item.q, start, item.first_position);
-    for (; r < rows; r++) attend_rows<PACK, 1>(h, item.bias, pass, tile, r, rows, item.q, start, item.first_position);
-  }
+}
+
+// Calls each(r, row, out) for the rows of an item: the how manyth it is, its place in the pass, and where its result goes.
+template <class Each>
+inline void each_row(const Heads& h, const Item& item, Each each) {
+  const int group = (int)h.group(), rows = item.tokens * group;
+  for (int head = 0; head < item.kv_heads; head++)
+    for (int r = 0; r < rows; r++)
+      each(head * rows + r, head * padded(rows) + r, item.out + (r / group * h.heads + head * group + r % group) * h.dim);
 }
 
 // A whole item on one thread.
 template <int PACK>
 inline void attend_item(const Heads& h, const Cache& cache, const Item& item) {
   Pass& pass = pass_of_thread();
-  const int64_t group = h.heads / h.kv_heads, dim = h.dim, stride = dim + ACCUMULATOR;
-  const int rows = (int)(item.tokens * group);
+  const int64_t dim = h.dim, stride = dim + ACCUMULATOR;
   read_queries<PACK>(h, item, pass);
   const int64_t first = item.start(h) / PART_KEYS, parts = item.last() / PART_KEYS + 1;
   for (int64_t part = first; part < parts; part++) {
     attend_part<PACK>(h, cache, item, part, pass);
-    for (int r = 0; r < rows; r++) {
-      store_row(pass, r, dim, part == first ? pass.totals + r * stride : pass.row);
+    each_row(h, item, [&](int r, int row, float*) {
+      store_row(pass, row, dim, part == first ? pass.totals + r * stride : pass.row);
       if (part > first) fold(pass.totals + r * stride, pass.row, dim);
-    }
+    });
   }
-  for (int r = 0; r < rows; r++)
-    write_row(pass.totals + r * stride, dim, multiplies_bytes<PACK>(dim), item.out + r / group * h.heads * dim + r % group * dim);
+  each_row(h, item, [&](int r, int, float* out) { write_row(pass.totals + r * stride, dim, multiplies_bytes<PACK>(dim), out); });
 }
 
-// Memory in which threads that share an item meet: `slots` accumulators of all rows of an item, and a counter for each item, 0 before
-// and after.
+// Memory in which threads that share an item meet: `slots` with an accumulator for each row of a part, and a counter for each item, 0
+// before and after.
 struct Meeting {
   float* slots;
   int32_t* counters;
   int64_t num_slots;
 };
 
-// One part of a one-token item; whoever finishes last adds them up.
+// Parts `begin` .. `end` of the `parts` of a one-token item, counted from its first; whoever finishes last adds them up.
 template <int PACK>
-inline void attend_shared(const Heads& h, const Cache& cache, const Item& item, int64_t part, float* slots, int32_t* counter) {
+inline void attend_shared(const Heads& h, const Cache& cache, const Item& item, int64_t begin, int64_t end, int64_t parts, float* slots,
+                          int32_t* counter) {
   Pass& pass = pass_of_thread();
-  const int64_t rows = h.heads / h.kv_heads, dim = h.dim, stride = dim + ACCUMULATOR;
-  const int64_t first = item.start(h) / PART_KEYS, parts = item.last() / PART_KEYS + 1 - first;
+  const int64_t rows = item.kv_heads * h.group(), dim = h.dim, stride = dim + ACCUMULATOR, first = item.start(h) / PART_KEYS;
   read_queries<PACK>(h, item, pass);
-  attend_part<PACK>(h, cache, item, part, pass);
-  for (int r = 0; r < rows; r++) store_row(pass, r, dim, slots + ((part - first) * rows + r) * stride);
-  if (__atomic_add_fetch(counter, 1, __ATOMIC_ACQ_REL) < parts) return;
-  for (int r = 0; r < rows; r++) {
-    for (int64_t other = 1; other < parts; other++) fold(slots + r * stride, slots + (other * rows + r) * stride, dim);
-    write_row(slots + r * stride, dim, multiplies_bytes<PACK>(dim), item.out + r * dim);
+  for (int64_t part = begin; part < end; part++) {
+    attend_part<PACK>(h, cache, item, first + part, pass);
+    each_row(h, item, [&](int r, int row, float*) { store_row(pass, row, dim, slots + (part * rows + r) * stride); });
   }
+  if (__atomic_add_fetch(counter, (int32_t)(end - begin), __ATOMIC_ACQ_REL) < parts) return;
+  each_row(h, item, [&](int r, int, float* out) {
+    for (int64_t part = 1; part < parts; part++) fold(slots + r * stride, slots + (part * rows + r) * stride, dim);
+    write_row(slots + r * stride, dim, multiplies_bytes<PACK>(dim), out);
+  });
   __atomic_store_n(counter, 0, __ATOMIC_RELEASE);
 }
 
-template <int PACK>
-inline void attend_all(const Op& op, const Heads& h, const Cache& cache, const Meeting& meeting, int thread, int threads) {
-  const KeyBias* bias = PACK >= CACHE_INT8 ? (const KeyBias*)op.p[9] : nullptr;
+// The items of a step: calls whole(item) or, where a request that decodes has several parts and there are slots for them, shared(item,
+// parts, slot, place among those that are shared). `together` key heads of a token that decodes are one item. Returns the slots taken.
+template <class Whole, class Shared>
+inline int64_t deal(const Op& op, const Heads& h, const KeyBias* bias, int64_t num_slots, int together, Whole whole, Shared shared) {
   const int64_t *starts = (const int64_t*)op.p[7], *lengths = (const int64_t*)op.p[8];
-  const int64_t group = h.heads / h.kv_heads;
-  const int64_t step = std::min<int64_t>(MAX_PASS / group, QUERIES);
-  int64_t turn = 0, slot = 0, shared = 0;  // the same on every thread
+  const int64_t group = h.group(), step = std::min<int64_t>(MAX_PASS / group, QUERIES);
+  int64_t slot = 0, place = 0;
   for (int64_t row = 0; row < op.n[0]; row++) {
     const int64_t tokens = starts[row + 1] - starts[row], history = lengths[row] - tokens;
     const int64_t first_place = bias ? bias->places[starts[row]] - history : 0;
+    const int heads = tokens == 1 ? together : 1;
     for (int64_t from = 0; from < tokens; from += step)
-      for (int64_t kv_head = 0; kv_head < h.kv_heads; kv_head++) {
+      for (int64_t kv_head = 0; kv_head < h.kv_heads; kv_head += heads) {
         const int64_t at = ((starts[row] + from) * h.heads + kv_head * group) * h.dim;
         const Item item = {(const float*)op.p[1] + at, (float*)op.p[0] + at, (const int32_t*)op.p[6] + row * h.max_blocks, kv_head,
-                           history + from, (int)std::min(step, tokens - from), bias, first_place};
-        const int64_t first = item.start(h) / PART_KEYS, parts = item.last() / PART_KEYS + 1 - first;
-        if (item.tokens > 1 || parts == 1 || slot + parts > meeting.num_slots) {
-          if (turn++ % threads == thread) attend_item<PACK>(h, cache, item);
-          continue;
+                           (int)std::min<int64_t>(heads, h.kv_heads - kv_head), history + from, (int)std::min(step, tokens - from), bias,
+                           first_place};
+        const int64_t parts = item.last() / PART_KEYS + 1 - item.start(h) / PART_KEYS, slots = parts * item.kv_heads;
+        if (item.tokens > 1 || parts == 1 || slot + slots > num_slots) {
+          whole(item);
+        } else {
+          shared(item, parts, slot, place++);
+          slot += slots;
         }
-        for (int64_t part = 0; part < parts; part++)
-          if (turn++ % threads == thread)
-            attend_shared<PACK>(h, cache, item, first + part, meeting.slots + slot * group * (h.dim + ACCUMULATOR), meeting.counters + shared);
-        slot += parts, shared++;
       }
   }
+  return slot;
+}
+
+// All key heads of a position lie side by side in memory, which is read fastest in that order: they are one item, unless that would
+// leave too few parts for the threads.
+inline int heads_together(const Op& op, const Heads& h, int threads) {
+  const int64_t *starts = (const int64_t*)op.p[7], *lengths = (const int64_t*)op.p[8];
+  int64_t parts = 0;
+  for (int64_t row = 0; row < op.n[0]; row++)
+    if (starts[row + 1] - starts[row] == 1) parts += ((h.window > 0 ? std::min(h.window, lengths[row]) : lengths[row]) - 1) / PART_KEYS + 1;
+  return parts < 4 * threads ? 1 : (int)std::min<int64_t>(h.kv_heads, MAX_PASS / padded((int)h.group()));
+}
+
+// Whole items go round the threads. The parts of shared ones are cut into one range for each thread, so that it reads its keys in order.
+template <int PACK>
+inline void attend_all(const Op& op, const Heads& h, const Cache& cache, const Meeting& meeting, int thread, int threads) {
+  const KeyBias* bias = PACK >= CACHE_INT8 ? (const KeyBias*)op.p[9] : nullptr;
+  const int64_t slot_floats = h.group() * (h.dim + ACCUMULATOR);
+  const int together = heads_together(op, h, threads);
+  const int64_t slots = deal(op, h, bias, meeting.num_slots, together, [](const Item&) {}, [](const Item&, int64_t, int64_t, int64_t) {});
+  const int64_t from = slots * thread / threads, to = slots * (thread + 1) / threads;
+  int64_t turn = 0;
+  deal(
+      op, h, bias, meeting.num_slots, together,
+      [&](const Item& item) {
+        if (turn++ % threads == thread) attend_item<PACK>(h, cache, item);
+      },
+      [&](const Item& item, int64_t parts, int64_t slot, int64_t place) {
+        const int64_t heads = item.kv_heads;  // a part begins in the range in which its first slot lies
+        const int64_t begin = std::max<int64_t>(0, from - slot + heads - 1) / heads;
+        const int64_t end = std::min(parts, std::max<int64_t>(0, to - slot + heads - 1) / heads);
+        if (begin < end) attend_shared<PACK>(h, cache, item, begin, end, parts, meeting.slots + slot * slot_floats, meeting.counters + place);
+      });
 }
 
 // p: out, q, keys, values, key scales, value scales, block tables (int32), query starts (int64, rows + 1), context lengths (int64),
 // KeyBias (as five int64, or null), slots (fp32), counters (int32 zeros, one for each row and key head); n: rows, heads, kv_heads, head_dim, block_size, blocks in a
 // table, window (0: none), pack, number of slots; x: scale of the scores. q and out are [tokens][heads][head_dim].
 void attend(const Op& op, int thread, int threads) {
-  const Heads h = {op.n[1], op.n[2], op.n[3], op.n[4], op.n[5], op.n[6], (float)op.x};
-  const Cache cache = {(uint8_t*)op.p[2], (uint8_t*)op.p[3], (float*)op.p[4], (float*)op.p[5], h.kv_heads, h.dim, h.block_size, (int)op.n[7]};
+  const Heads h = {op.n[1], op.n[2], op.n[3], op.n[4], op.n[5], op.n[6], (float)(op.x * LOG2_E)};
+  const Cache cache = {(uint8_t*)op.p[2], (uint8_t*)op.p[3], (uint16_t*)op.p[4], (uint16_t*)op.p[5], h.kv_heads, h.dim, h.block_size, (int)op.n[7]};
   const Meeting meeting = {(float*)op.p[10], (int32_t*)op.p[11], op.n[8]};
   if (cache.pack == CACHE_FP32) attend_all<CACHE_FP32>(op, h, cache, meeting, thread, threads);
   else if (cache.pack == CACHE_BF16) attend_all<CACHE_BF16>(op, h, cache, meeting, thread, threads);

@@ -8,6 +8,17 @@
 
 namespace {
 
+// Ask for line `line` of the next tile's keys or values; a half has as many lines of them as a key has vectors.
+inline void prefetch_keys(const Tile& tile, int64_t line) {
+  __builtin_prefetch(tile.next_keys[0] + line * tile.stride);
+  __builtin_prefetch(tile.next_keys[1] + line * tile.stride);
+}
+
+inline void prefetch_values(const Tile& tile, int64_t line) {
+  __builtin_prefetch(tile.next_values[0] + line * 64);
+  __builtin_prefetch(tile.next_values[1] + line * 64);
+}
+
 // Scores of R queries against fp32 or bf16 keys.
 template <int PACK, int R>
 QK_NOINLINE void score_floats(const float* const* queries, const Tile& tile, int64_t dim, float scale, float (*scores)[KEYS]) {
@@ -16,6 +27,8 @@ QK_NOINLINE void score_floats(const float* const* queries, const Tile& tile, int
   for (int r = 0; r < R; r++) low[r] = high[r] = f_zero();
   const uint8_t *k0 = tile.keys[0], *k1 = tile.keys[1];
   for (int64_t d = 0; d < dim; d += PACK, k0 += tile.stride, k1 += tile.stride) {
+    prefetch_keys(tile, d / PACK);
+    prefetch_values(tile, d / PACK);
     if (PACK == 1) {
       const F16 key0 = f_load((const float*)k0), key1 = f_load((const float*)k1);
       QK_UNROLL
@@ -80,6 +93,8 @@ QK_NOINLINE void score_bytes(const Pass& pass, const int* rows, const Tile& tile
   }
   const uint8_t *k0 = tile.keys[0], *k1 = tile.keys[1];
   for (int64_t d = 0; d < dim; d += PACK, k0 += tile.stride, k1 += tile.stride) {
+    prefetch_keys(tile, d / PACK);
+    if (!multiplies_bytes<PACK>(dim)) prefetch_values(tile, d / PACK);
     const I16 lanes0 = i_load(k0), lanes1 = i_load(k1);
     QK_UNROLL
     for (int part = 0; part < PACK / 4; part++) {
@@ -96,7 +111,7 @@ QK_NOINLINE void score_bytes(const Pass& pass, const int* rows, const Tile& tile
     }
   }
   if (PACK == CACHE_INT4) {
-    const I16 pair0 = i_load(tile.key_scale), pair1 = i_load(tile.key_scale + LANES);
+    const I16 pair0 = i_load(tile.key_pairs), pair1 = i_load(tile.key_pairs + 2 * LANES);
     const F16 scale0 = f_mul(f_even_bf16(pair0), f_set1(scale)), scale1 = f_mul(f_even_bf16(pair1), f_set1(scale));
     const F16 offset0 = f_mul(f_odd_bf16(pair0), f_set1(scale)), offset1 = f_mul(f_odd_bf16(pair1), f_set1(scale));
     QK_UNROLL
@@ -162,9 +177,9 @@ inline void add_all_values(float* const* rows, const float* corrections, const f
     }
 }
 
-// The weights of one row for byte values: steps of 1 / 65280 of the largest, split into two unsigned bytes.
+// The weights of one row for byte values, in a tile's steps.
 struct ByteWeights {
-  alignas(64) uint8_t high[KEYS], low[KEYS];
+  alignas(64) uint8_t of[KEYS];
 };
 
 // For R rows: what they have so far times its correction, plus the weighted int8 values times `scales`. Channels of a chunk of 64 lie
@@ -174,42 +189,40 @@ QK_NOINLINE void add_bytes(float* const* rows, const float* corrections, const f
                       int64_t dim) {
   for (int64_t at = 0; at < dim; at += 32) {  // half a chunk: two vectors
     const int8_t* values = tile.bytes + at / 64 * 64 * KEYS + at % 64 * 4;
-    I16 high[R][2], low[R][2];
+    I16 sums[R][2];
     QK_UNROLL
-    for (int r = 0; r < R; r++) high[r][0] = high[r][1] = low[r][0] = low[r][1] = i_set1(0);
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = i_set1(0);
     for (int j = 0; j < KEYS; j += 4, values += 256) {
+      prefetch_values(tile, at / 4 + j / 4);
       const I16 v0 = i_load(values), v1 = i_load(values + 64);
       QK_UNROLL
       for (int r = 0; r < R; r++) {
-        const I16 h = i_broadcast(weights[r].high + j), l = i_broadcast(weights[r].low + j);
-        high[r][0] = i_dot(high[r][0], h, v0);
-        high[r][1] = i_dot(high[r][1], h, v1);
-        low[r][0] = i_dot(low[r][0], l, v0);
-        low[r][1] = i_dot(low[r][1], l, v1);
+        const I16 four = i_broadcast(weights[r].of + j);
+        sums[r][0] = i_dot(sums[r][0], four, v0);
+        sums[r][1] = i_dot(sums[r][1], four, v1);
       }
     }
     QK_UNROLL
     for (int r = 0; r < R; r++)
       for (int v = 0; v < 2; v++) {
         float* sum = rows[r] + at + v * LANES;
-        const F16 products = f_fma(f_of_i(high[r][v]), f_set1(256.0f), f_of_i(low[r][v]));
-        f_store(sum, f_fma(products, f_set1(scales[r]), f_mul(f_load(sum), f_set1(corrections[r]))));
+        f_store(sum, f_fma(f_of_i(sums[r][v]), f_set1(scales[r]), f_mul(f_load(sum), f_set1(corrections[r]))));
       }
   }
 }
 
-// Rows `first` .. `first + R` of a pass against the keys from position `start`. A row is one head of one token.
+// Rows `first` .. `first + R` of a pass, of those before `end`, against the keys from position `start`. A row is one head of one token.
 template <int PACK, int R>
-inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const Tile& tile, int first, int rows, const float* q, int64_t start,
+inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const Tile& tile, int first, int end, int64_t start,
                         int64_t first_position) {
-  const int64_t group = h.heads / h.kv_heads, dim = h.dim, q_stride = h.heads * dim;
+  const int64_t dim = h.dim;
   int row_of[R];
   float* sums[R];
   alignas(64) float scores[R][KEYS];
-  ByteWeights split[R];
+  ByteWeights steps[R];
   const bool bytes = multiplies_bytes<PACK>(dim);
   for (int r = 0; r < R; r++) {
-    row_of[r] = first + r < rows ? first + r : rows - 1;
+    row_of[r] = first + r < end ? first + r : end - 1;
     sums[r] = pass.sums + (first + r) * dim;
   }
   constexpr int PART = R < 4 ? R : 4;
@@ -220,13 +233,13 @@ inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const T
     }
   } else {
     const float* queries[R];
-    for (int r = 0; r < R; r++) queries[r] = q + row_of[r] / group * q_stride + row_of[r] % group * dim;
+    for (int r = 0; r < R; r++) queries[r] = pass.query_of[row_of[r]];
     score_floats<PACK, R>(queries, tile, dim, h.scale, scores);
   }
   alignas(64) float highest[LANES], scales[LANES], corrections[LANES];
   bool edge[R];
   for (int r = 0; r < R; r++) {
-    const int64_t position = first_position + row_of[r] / group;
+    const int64_t position = first_position + pass.token_of[row_of[r]];
     const int64_t last = position - start, before = h.window > 0 ? position - h.window - start : -1;
     edge[r] = last < KEYS - 1 || before >= 0;  // keys after `last`, and up to `before`, are hidden from this row
     if (edge[r])
@@ -238,14 +251,13 @@ inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const T
   // nothing is visible yet both are -inf, and -inf + inf would be NaN: FLT_MAX stands in for infinity.
   for (int r = R; r < LANES; r++) highest[r] = 0;
   const F16 was = f_load(pass.largest + first), comes = f_max(f_load(highest), f_set1(-FLT_MAX)), now = f_max(was, comes);
-  f_store(corrections, f_exp(f_sub(was, now)));
-  f_store(scales, f_exp(f_sub(comes, now)));
+  f_store(corrections, f_exp2(f_sub(was, now)));
+  f_store(scales, f_exp2(f_sub(comes, now)));
   f_store(highest, comes);
-  const F16 steps = f_set1(tile.largest_value_scale > 0 ? 65280.0f / tile.largest_value_scale : 0);
   QK_UNROLL
   for (int r = 0; r < R; r++) {
     const F16 peak = f_set1(highest[r]);
-    F16 weight0 = f_exp(f_sub(f_load(scores[r]), peak)), weight1 = f_exp(f_sub(f_load(scores[r] + LANES), peak));
+    F16 weight0 = f_exp2(f_sub(f_load(scores[r]), peak)), weight1 = f_exp2(f_sub(f_load(scores[r] + LANES), peak));
     if (edge[r]) {  // e^-inf is not quite 0 here
       const F16 hidden = f_set1(-FLT_MAX);
       weight0 = f_if(f_load(scores[r]), hidden, weight0), weight1 = f_if(f_load(scores[r] + LANES), hidden, weight1);
@@ -257,12 +269,9 @@ inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const T
       weight1 = f_mul(weight1, f_load(tile.value_scale + LANES));
     }
     if (bytes) {
-      const I16 whole0 = i_of_f(f_mul(weight0, steps)), whole1 = i_of_f(f_mul(weight1, steps));
-      i_store_u8(split[r].low, whole0);
-      i_store_u8(split[r].low + LANES, whole1);
-      i_store_u8(split[r].high, i_shift_right8(whole0));
-      i_store_u8(split[r].high + LANES, i_shift_right8(whole1));
-      scales[r] *= tile.largest_value_scale / 65280.0f;
+      i_store_u8(steps[r].of, i_of_f(weight0));
+      i_store_u8(steps[r].of + LANES, i_of_f(weight1));
+      scales[r] *= tile.byte_step;
     } else {
       f_store(scores[r], f_mul(weight0, f_set1(scales[r])));
       f_store(scores[r] + LANES, f_mul(weight1, f_set1(scales[r])));
@@ -270,7 +279,7 @@ inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const T
   }
   for (int r = 0; r < R; r++) pass.largest[first + r] = pass.largest[first + r] > highest[r] ? pass.largest[first + r] : highest[r];
   for (int part = 0; part < R; part += PART) {
-    if (bytes) add_bytes<PART>(sums + part, corrections + part, scales + part, split + part, tile, dim);
+    if (bytes) add_bytes<PART>(sums + part, corrections + part, scales + part, steps + part, tile, dim);
     else add_all_values<PART>(sums + part, corrections + part, scores + part, tile, dim);
   }
 }

@@ -1,5 +1,7 @@
 // A tile of attention: what 32 positions of one key head hold, ready to be multiplied with queries, and what a thread needs to do it.
 #pragma once
+#include <algorithm>
+
 #include "cache.h"
 #include "program.h"
 #include "simd.h"
@@ -9,12 +11,16 @@ namespace {
 constexpr int QUERIES = 16;    // tokens of one row that share a pass over the keys
 constexpr int PART_KEYS = 256;  // sums begin anew after so many keys, and are then added up: parts can be computed by several threads
 constexpr int KEYS = 32;       // keys that are scored together: two vectors of 16 lanes
-constexpr int MAX_PASS = 128;  // tokens times heads of a pass
-constexpr int PAD = 8;         // rows that fill up the last tile; they repeat the last row and are thrown away
+constexpr int MAX_PASS = 128;  // rows of a pass: a head of a token each
+constexpr int PAD = 8;         // rows that fill up the last of a head; they repeat its last row and are thrown away
+
+constexpr double LOG2_E = 1.4426950408889634;
 
 struct Heads {
   int64_t heads, kv_heads, dim, block_size, max_blocks, window;
-  float scale;
+  float scale;  // of scores, times LOG2_E: weights are powers of 2
+
+  int64_t group() const { return heads / kv_heads; }  // that share a key head
 };
 
 // A query for int8 and int4 keys: 16 bits as a coarse and a fine row of int8. The sums of products begin at `start`, which takes the
@@ -31,6 +37,8 @@ struct Pass {
   alignas(64) uint8_t keys[2][MAX_DIM * LANES * 4];  // lanes gathered from blocks that are not multiples of 16 long
   alignas(64) float values[KEYS * MAX_DIM];          // values of a tile as fp32, or
   alignas(64) int8_t bytes[KEYS * MAX_DIM];          // as int8: [64 channels][4 positions][channel][position]
+  const float* query_of[MAX_PASS];
+  int token_of[MAX_PASS];
   QueryRow query_rows[MAX_PASS];
   alignas(64) int8_t queries[MAX_PASS * 2 * MAX_DIM];  // [row][coarse, fine][dim]
   float turns[MAX_PASS * MAX_DIM];                     // [row][angle]: what its cosine and its sine add to the row's scores
@@ -44,14 +52,16 @@ struct Pass {
 struct Tile {
   const uint8_t* keys[2];
   const float* values[2];
+  const uint8_t *next_keys[2], *next_values[2];  // of the tile after this one, see find_next
   int64_t stride;
-  alignas(64) float key_scale[KEYS], value_scale[KEYS];
-  const int8_t* bytes;       // int8 values, where `multiplies_bytes`
-  float largest_value_scale;
+  alignas(64) float key_scale[KEYS], value_scale[KEYS];  // of int8
+  alignas(64) uint16_t key_pairs[2 * KEYS];              // of int4: scale, offset
+  const int8_t* bytes;  // int8 values, where `multiplies_bytes`. Their weights become whole steps, of which 255 are a weight of 1 for the
+  float byte_step;      // largest value scale; value_scale is then in steps
   const float *cos[2], *sin[2];  // of the first angle at the positions of each half, with a key bias
 };
 
-// int8 values are multiplied as they are, by weights of 16 bits; other shapes of them go through fp32.
+// int8 values are multiplied as they are, by weights of 8 bits; other shapes of them go through fp32.
 template <int PACK>
 inline bool multiplies_bytes(int64_t dim) {
   return PACK == CACHE_INT8 && dim % 64 == 0;
@@ -87,21 +97,13 @@ inline void quantize_query(const float* q, int64_t dim, QueryRow& row, int8_t* o
   for (int part = 0; part < 2; part++) row.start[part] = PACK == CACHE_INT8 ? -128 * totals[part] : 0;
 }
 
-// With a key bias b: what queries times its rotation are, as weights of the cosine and the sine of each angle. Channels that do not
-// rotate add the same to all of a query's scores, which changes no probability.
-inline void turn_queries(const Heads& h, const KeyBias& bias, const float* b, const float* q, int rows, Pass& pass) {
-  const int64_t group = h.heads / h.kv_heads, half = bias.half;
-  pass.num_angles = 0;
-  for (int64_t d = 0; d < half; d++)
-    if (b[d] != 0 || b[half + d] != 0) pass.angles[pass.num_angles++] = d;
-  for (int r = 0; r < rows; r++) {
-    const float* query = q + r / group * h.heads * h.dim + r % group * h.dim;
-    float* turns = pass.turns + r * 2 * half;
-    for (int i = 0; i < pass.num_angles; i++) {
-      const int64_t d = pass.angles[i];
-      turns[2 * i] = h.scale * (query[d] * b[d] + query[half + d] * b[half + d]);
-      turns[2 * i + 1] = h.scale * (query[half + d] * b[d] - query[d] * b[half + d]);
-    }
+// With a key bias b: what a query times its rotation is, as weights of the cosine and the sine of each of the pass's angles. Channels
+// that do not rotate add the same to all of a query's scores, which changes no probability.
+inline void turn_query(const Pass& pass, const float* query, const float* b, int64_t half, float scale, float* turns) {
+  for (int i = 0; i < pass.num_angles; i++) {
+    const int64_t d = pass.angles[i];
+    turns[2 * i] = scale * (query[d] * b[d] + query[half + d] * b[half + d]);
+    turns[2 * i + 1] = scale * (query[half + d] * b[d] - query[d] * b[half + d]);
   }
 }
 
@@ -137,6 +139,7 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
       else memset(values + count * dim, 0, (LANES - count) * dim * sizeof(float));
       memset(tile.key_scale + half * LANES, 0, LANES * sizeof(float));
       memset(tile.value_scale + half * LANES, 0, LANES * sizeof(float));
+      memset(tile.key_pairs + half * 2 * LANES, 0, LANES * 4);
       if (count == 0) {
         tile.keys[half] = tile.keys[0];
         if (bytes) interleave(gathered, dim, half, pass.bytes);
@@ -144,33 +147,35 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
       }
     }
     if (whole) {
-      const int64_t block = table[from / size], inside = from % size, at = cache.head_of(block, kv_head) * size + inside;
+      const int64_t block = table[from / size], inside = from % size, at = cache.scale_of(block, kv_head, inside);
       const uint8_t* rows = cache.value_row(block, kv_head, inside);
       tile.keys[half] = cache.key_lane(block, kv_head, inside);
       if (bytes && count == LANES) byte_rows = (const int8_t*)rows;
       else if (bytes) memcpy(gathered, rows, count * dim);
       else if (PACK == CACHE_INT4)
-        for (int j = 0; j < count; j++) widen_nibbles(rows + j * dim / 2, (const uint8_t*)(cache.value_scale + at + j), values + j * dim, dim);
+        for (int j = 0; j < count; j++) widen_nibbles(rows + j * dim / 2, cache.value_scale + at + 2 * j, values + j * dim, dim);
       else if (PACK != CACHE_FP32) widen<PACK>(rows, values, count * dim);
       else if (count < LANES) memcpy(values, rows, count * dim * sizeof(float));
       else tile.values[half] = (const float*)rows;
-      if (PACK >= CACHE_INT8) {
-        memcpy(tile.key_scale + half * LANES, cache.key_scale + at, count * sizeof(float));
-        memcpy(tile.value_scale + half * LANES, cache.value_scale + at, count * sizeof(float));
+      if (PACK == CACHE_INT4) memcpy(tile.key_pairs + half * 2 * LANES, cache.key_scale + at, count * 4);
+      if (PACK == CACHE_INT8) {
+        widen<CACHE_BF16>((const uint8_t*)(cache.key_scale + at), tile.key_scale + half * LANES, count);
+        widen<CACHE_BF16>((const uint8_t*)(cache.value_scale + at), tile.value_scale + half * LANES, count);
       }
     } else {
       tile.keys[half] = pass.keys[half];
       for (int j = 0; j < count; j++) {
-        const int64_t block = table[(from + j) / size], inside = (from + j) % size, at = cache.head_of(block, kv_head) * size + inside;
+        const int64_t block = table[(from + j) / size], inside = (from + j) % size, at = cache.scale_of(block, kv_head, inside);
         const uint8_t *lane = cache.key_lane(block, kv_head, inside), *row = cache.value_row(block, kv_head, inside);
         for (int64_t d = 0; d < dim / PACK; d++) memcpy(pass.keys[half] + (d * LANES + j) * 4, lane + d * size * 4, 4);
         if (bytes) memcpy(gathered + j * dim, row, dim);
         else if (PACK == CACHE_FP32) memcpy(values + j * dim, row, dim * sizeof(float));
-        else if (PACK == CACHE_INT4) widen_nibbles(row, (const uint8_t*)(cache.value_scale + at), values + j * dim, dim);
+        else if (PACK == CACHE_INT4) widen_nibbles(row, cache.value_scale + at, values + j * dim, dim);
         else widen<PACK>(row, values + j * dim, dim);
-        if (PACK >= CACHE_INT8) {
-          tile.key_scale[half * LANES + j] = cache.key_scale[at];
-          tile.value_scale[half * LANES + j] = cache.value_scale[at];
+        if (PACK == CACHE_INT4) memcpy(tile.key_pairs + (half * LANES + j) * 2, cache.key_scale + at, 4);
+        if (PACK == CACHE_INT8) {
+          tile.key_scale[half * LANES + j] = f_of_bf16(cache.key_scale[at]);
+          tile.value_scale[half * LANES + j] = f_of_bf16(cache.value_scale[at]);
         }
       }
     }
@@ -178,17 +183,27 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
   }
   if (bytes) {  // 0 times the sum: NaN if one of them is
     const F16 scale0 = f_load(tile.value_scale), scale1 = f_load(tile.value_scale + LANES);
-    tile.largest_value_scale = f_hmax(f_max(scale0, scale1)) + 0.0f * f_sum(f_add(scale0, scale1));
+    const float largest = f_hmax(f_max(scale0, scale1));
+    const F16 steps = f_set1(largest > 0 ? 255.0f / largest : 0);
+    f_store(tile.value_scale, f_mul(scale0, steps));
+    f_store(tile.value_scale + LANES, f_mul(scale1, steps));
+    tile.byte_step = largest / 255.0f + 0.0f * f_sum(f_add(scale0, scale1));
   }
 }
 
-// Ask for the keys and values of the blocks that the positions start .. start + 31 begin in.
-inline void prefetch_tile(const Cache& cache, const int32_t* table, int64_t kv_head, int64_t start, int64_t last) {
-  for (int64_t from = start; from <= last && from < start + KEYS; from += cache.block_size) {
-    const int64_t block = cache.head_of(table[from / cache.block_size], kv_head) * cache.head_bytes();
-    for (int64_t byte = 0; byte < cache.head_bytes(); byte += 64) {
-      __builtin_prefetch(cache.keys + block + byte);
-      __builtin_prefetch(cache.values + block + byte);
+// Tells a tile where the keys and values of the next one lie, or others where there is none. They are asked for line by line while this
+// tile is multiplied: all at once they would fill the processor's few places for loads under way, and it would wait instead of multiply.
+inline void find_next(const Cache& cache, const int32_t* table, int64_t kv_head, int64_t start, int64_t last, Tile& tile) {
+  const int64_t size = cache.block_size;
+  for (int half = 0; half < 2; half++) {
+    const int64_t position = std::min(start + KEYS + half * LANES, last), block = table[position / size];
+    const int64_t inside = position % size / LANES * LANES;
+    tile.next_keys[half] = cache.key_lane(block, kv_head, inside);
+    tile.next_values[half] = cache.value_row(block, kv_head, inside);
+    if (cache.key_scale) {
+      const int64_t at = cache.scale_of(block, kv_head, inside);
+      __builtin_prefetch(cache.key_scale + at);
+      __builtin_prefetch(cache.value_scale + at);
     }
   }
 }

@@ -3,9 +3,9 @@
 // Layout of a cache. Keys of one block and head: [head_dim / pack][block_size][4 bytes], pack channels in 4 bytes: 1 (fp32), 2 (bf16),
 // 4 (int8) or 8 (int4), so that 16 positions are the lanes of a vector whatever the type, and a query's channels are broadcast to
 // them. Values: [block_size][head_dim]. int8 keys are stored plus 128 (the instruction multiplies unsigned by signed bytes), int8
-// values as they are; both have an fp32 scale for each token and head, [block_size]. int4 numbers are 0 to 15; of 4 bytes of keys the
+// values as they are; both have a bf16 scale for each token and head, [block_size]. int4 numbers are 0 to 15; of 4 bytes of keys the
 // low halves are the first four channels and the high ones the next, of a row of values the low halves are its first half. In the
-// place of the fp32 scale are two bf16: what a number is multiplied with, and what is then added.
+// place of the scale are two: what a number is multiplied with, and what is then added.
 #pragma once
 #include <cmath>
 
@@ -22,13 +22,17 @@ constexpr int MAX_DIM = 256;  // largest head_dim
 
 struct Cache {
   uint8_t *keys, *values;
-  float *key_scale, *value_scale;
+  uint16_t *key_scale, *value_scale;  // bf16
   int64_t kv_heads, dim, block_size;
   int pack;
 
   // An element takes 4 / pack bytes, so the lane of one position in a row of keys is always 4 bytes.
   int64_t head_bytes() const { return block_size * dim * 4 / pack; }
   int64_t head_of(int64_t block, int64_t head) const { return block * kv_heads + head; }
+  // Where the scales of one position begin.
+  int64_t scale_of(int64_t block, int64_t head, int64_t inside) const {
+    return (head_of(block, head) * block_size + inside) * (pack == CACHE_INT4 ? 2 : 1);
+  }
   uint8_t* key_lane(int64_t block, int64_t head, int64_t inside) const { return keys + head_of(block, head) * head_bytes() + inside * 4; }
   uint8_t* value_row(int64_t block, int64_t head, int64_t inside) const {
     return values + head_of(block, head) * head_bytes() + inside * dim * 4 / pack;
@@ -59,12 +63,10 @@ inline uint16_t bf16_of(float x) {  // to nearest, ties to even
 }
 
 // A row of int4 values as fp32.
-inline void widen_nibbles(const uint8_t* from, const uint8_t* pair, float* to, int64_t dim) {
-  uint16_t words[2];
-  memcpy(words, pair, 4);
+inline void widen_nibbles(const uint8_t* from, const uint16_t* pair, float* to, int64_t dim) {
   alignas(64) int8_t bytes[MAX_DIM];
   for (int64_t i = 0; i < dim / 2; i++) bytes[i] = (int8_t)(from[i] & 15), bytes[dim / 2 + i] = (int8_t)(from[i] >> 4);
-  const float scale = f_of_bf16(words[0]), offset = f_of_bf16(words[1]);
+  const float scale = f_of_bf16(pair[0]), offset = f_of_bf16(pair[1]);
   int64_t d = 0;
   for (; d + LANES <= dim; d += LANES) f_store(to + d, f_fma(f_of_i8(bytes + d), f_set1(scale), f_set1(offset)));
   for (; d < dim; d++) to[d] = bytes[d] * scale + offset;
@@ -72,22 +74,20 @@ inline void widen_nibbles(const uint8_t* from, const uint8_t* pair, float* to, i
 
 // One token and head as int4, numbers 0 to 15 in bytes. Scale and offset are rounded first and the numbers follow them. A value that
 // is not finite makes both NaN.
-inline void nibbles_of(const float* x, int64_t dim, uint8_t* out, uint8_t* pair) {
+inline void nibbles_of(const float* x, int64_t dim, uint8_t* out, uint16_t* pair) {
   float low = x[0], high = x[0], nothing = 0;
   for (int64_t d = 0; d < dim; d++) {
     low = x[d] < low ? x[d] : low, high = x[d] > high ? x[d] : high;
     nothing += x[d] - x[d];
   }
-  const uint16_t offset_word = bf16_of(low + nothing);
-  const float offset = f_of_bf16(offset_word), range = high - offset;
-  const uint16_t scale_word = bf16_of((range > 0 ? range : 0) / 15.0f + nothing);
-  const float scale = f_of_bf16(scale_word), inverse = scale > 0 ? 1.0f / scale : 0;
+  pair[1] = bf16_of(low + nothing);
+  const float offset = f_of_bf16(pair[1]), range = high - offset;
+  pair[0] = bf16_of((range > 0 ? range : 0) / 15.0f + nothing);
+  const float scale = f_of_bf16(pair[0]), inverse = scale > 0 ? 1.0f / scale : 0;
   for (int64_t d = 0; d < dim; d++) {
     const float steps = inverse > 0 ? (x[d] - offset) * inverse : 0;
     out[d] = (uint8_t)std::lrintf(steps < 0 ? 0 : steps > 15 ? 15 : steps);
   }
-  const uint16_t words[2] = {scale_word, offset_word};
-  memcpy(pair, words, 4);
 }
 
 // A key bias that quantized keys are kept without: R(k + b) = R(k) + R(b), so R(b) comes off the keys that are written, and queries
@@ -96,6 +96,8 @@ struct KeyBias {
   const float *bias, *table;
   const int64_t* places;  // of each token of the step: its position, from where its request's places begin
   int64_t length, half;
+
+  const float* of(int64_t head, int64_t dim) const { return bias + head * dim; }
 
   // k without the rotated bias of a head.
   void take(const float* k, const float* b, int64_t dim, int64_t place, float* out) const {
@@ -109,16 +111,20 @@ struct KeyBias {
   }
 };
 
-// One token and head as int8: the largest becomes 127. A value that is not finite makes the scale NaN.
-inline float bytes_of(const float* x, int64_t dim, int8_t* out) {
+// One token and head as int8, -127 to 127. The scale is rounded first and the numbers follow it; a value that is not finite makes it NaN.
+inline uint16_t bytes_of(const float* x, int64_t dim, int8_t* out) {
   float largest = 0, nothing = 0;
   for (int64_t d = 0; d < dim; d++) {
     largest = std::fabs(x[d]) > largest ? std::fabs(x[d]) : largest;
     nothing += x[d] - x[d];
   }
-  const float inverse = largest > 0 && nothing == 0 ? 127.0f / largest : 0;
-  for (int64_t d = 0; d < dim; d++) out[d] = (int8_t)std::lrintf(x[d] * inverse);
-  return largest / 127.0f + nothing;
+  const uint16_t word = bf16_of(largest / 127.0f + nothing);
+  const float scale = f_of_bf16(word), inverse = scale > 0 ? 1.0f / scale : 0;
+  for (int64_t d = 0; d < dim; d++) {
+    const float steps = inverse > 0 ? x[d] * inverse : 0;
+    out[d] = (int8_t)std::lrintf(steps < -127 ? -127 : steps > 127 ? 127 : steps);
+  }
+  return word;
 }
 
 // p: k, v, keys, values, key scales, value scales, slots (int64), key bias (or null), its table, places (int64), cos, sin (or null);
@@ -126,7 +132,7 @@ inline float bytes_of(const float* x, int64_t dim, int8_t* out) {
 void write_cache(const Op& op, int thread, int threads) {
   const int64_t heads = op.n[1], dim = op.n[2], size = op.n[3], items = op.n[0] * heads;
   const int64_t* slots = (const int64_t*)op.p[6];
-  const Cache cache = {(uint8_t*)op.p[2], (uint8_t*)op.p[3], (float*)op.p[4], (float*)op.p[5], heads, dim, size, (int)op.n[4]};
+  const Cache cache = {(uint8_t*)op.p[2], (uint8_t*)op.p[3], (uint16_t*)op.p[4], (uint16_t*)op.p[5], heads, dim, size, (int)op.n[4]};
   const KeyBias bias = {(const float*)op.p[7], (const float*)op.p[8], (const int64_t*)op.p[9], op.n[5], op.n[6]};
   float rotated[MAX_DIM], unbiased[MAX_DIM];
   for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; item++) {
@@ -138,7 +144,7 @@ void write_cache(const Op& op, int thread, int threads) {
       k = rotated;
     }
     if (bias.bias) {
-      bias.take(k, bias.bias + head * dim, dim, bias.places[token], unbiased);
+      bias.take(k, bias.of(head, dim), dim, bias.places[token], unbiased);
       k = unbiased;
     }
     uint8_t *lane = cache.key_lane(block, head, inside), *row = cache.value_row(block, head, inside);
@@ -152,15 +158,15 @@ void write_cache(const Op& op, int thread, int threads) {
       }
       for (int64_t d = 0; d < dim; d++) ((uint16_t*)row)[d] = bf16_of(v[d]);
     } else if (cache.pack == CACHE_INT4) {
-      const int64_t at = cache.head_of(block, head) * size + inside;
+      const int64_t at = cache.scale_of(block, head, inside);
       uint8_t numbers[MAX_DIM];
-      nibbles_of(k, dim, numbers, (uint8_t*)(cache.key_scale + at));
+      nibbles_of(k, dim, numbers, cache.key_scale + at);
       for (int64_t d = 0; d < dim; d += 8)
         for (int64_t i = 0; i < 4; i++) lane[d / 8 * size * 4 + i] = (uint8_t)(numbers[d + i] | numbers[d + 4 + i] << 4);
-      nibbles_of(v, dim, numbers, (uint8_t*)(cache.value_scale + at));
+      nibbles_of(v, dim, numbers, cache.value_scale + at);
       for (int64_t i = 0; i < dim / 2; i++) row[i] = (uint8_t)(numbers[i] | numbers[dim / 2 + i] << 4);
     } else {
-      const int64_t at = cache.head_of(block, head) * size + inside;
+      const int64_t at = cache.scale_of(block, head, inside);
       int8_t bytes[MAX_DIM];
       cache.key_scale[at] = bytes_of(k, dim, bytes);
       for (int64_t d = 0; d < dim; d += 4) {
