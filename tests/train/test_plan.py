@@ -190,6 +190,7 @@ def test_the_process_itself_is_planned(tmp_path: Path) -> None:
         {"method": "lora", "cutoff_len": 256, "per_device_train_batch_size": 1},
         {"method": "lora", "cutoff_len": 256},
         {"method": "lora", "cutoff_len": 512, "packing": True},
+        {"method": "qlora", "cutoff_len": 256, "per_device_train_batch_size": 1},
         {"method": "full", "cutoff_len": 256, "per_device_train_batch_size": 1},
         {"method": "full", "cutoff_len": 256, "per_device_train_batch_size": 1, "dtype": "bfloat16"},
     ],
