@@ -111,7 +111,7 @@ inline void attend_part(const Heads& h, const Cache& cache, const Item& item, in
   const int64_t from = std::max(part * PART_KEYS, item.start(h) / KEYS * KEYS), end = std::min((part + 1) * PART_KEYS, last + 1);
   for (int64_t start = from; start < end; start += KEYS)
     for (int head = 0; head < item.kv_heads; head++) {
-      find_next(cache, item.table, item.kv_head + head, start, last, tile);
+      look_ahead(cache, item.table, item.kv_head + head, start, last, tile);
       open_tile<PACK>(cache, item.table, item.kv_head + head, start, last, pass, tile);
       for (int half = 0; item.bias && half < 2; half++) {
         tile.cos[half] = item.bias->table + item.first_place + start + half * LANES;

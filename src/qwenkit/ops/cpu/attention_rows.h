@@ -8,15 +8,17 @@
 
 namespace {
 
-// Ask for line `line` of the next tile's keys or values; a half has as many lines of them as a key has vectors.
+constexpr int INTO_L2 = 2;  // for __builtin_prefetch: a load to L1 would keep one of few places until memory answers
+
+// Ask for line `line` of the keys or values ahead; a half has as many lines of them as a key has vectors.
 inline void prefetch_keys(const Tile& tile, int64_t line) {
-  __builtin_prefetch(tile.next_keys[0] + line * tile.stride);
-  __builtin_prefetch(tile.next_keys[1] + line * tile.stride);
+  __builtin_prefetch(tile.keys_ahead[0] + line * tile.stride, 0, INTO_L2);
+  __builtin_prefetch(tile.keys_ahead[1] + line * tile.stride, 0, INTO_L2);
 }
 
 inline void prefetch_values(const Tile& tile, int64_t line) {
-  __builtin_prefetch(tile.next_values[0] + line * 64);
-  __builtin_prefetch(tile.next_values[1] + line * 64);
+  __builtin_prefetch(tile.values_ahead[0] + line * 64, 0, INTO_L2);
+  __builtin_prefetch(tile.values_ahead[1] + line * 64, 0, INTO_L2);
 }
 
 // Scores of R queries against fp32 or bf16 keys.

@@ -11,6 +11,7 @@ namespace {
 constexpr int QUERIES = 16;    // tokens of one row that share a pass over the keys
 constexpr int PART_KEYS = 256;  // sums begin anew after so many keys, and are then added up: parts can be computed by several threads
 constexpr int KEYS = 32;       // keys that are scored together: two vectors of 16 lanes
+constexpr int KEYS_AHEAD = 2 * KEYS;
 constexpr int MAX_PASS = 128;  // rows of a pass: a head of a token each
 constexpr int PAD = 8;         // rows that fill up the last of a head; they repeat its last row and are thrown away
 
@@ -52,7 +53,7 @@ struct Pass {
 struct Tile {
   const uint8_t* keys[2];
   const float* values[2];
-  const uint8_t *next_keys[2], *next_values[2];  // of the tile after this one, see find_next
+  const uint8_t *keys_ahead[2], *values_ahead[2];  // see look_ahead
   int64_t stride;
   alignas(64) float key_scale[KEYS], value_scale[KEYS];  // of int8
   alignas(64) uint16_t key_pairs[2 * KEYS];              // of int4: scale, offset
@@ -147,7 +148,7 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
       }
     }
     if (whole) {
-      const int64_t block = table[from / size], inside = from % size, at = cache.scale_of(block, kv_head, inside);
+      const int64_t index = cache.block_of(from), inside = from - index * size, block = table[index], at = cache.scale_of(block, kv_head, inside);
       const uint8_t* rows = cache.value_row(block, kv_head, inside);
       tile.keys[half] = cache.key_lane(block, kv_head, inside);
       if (bytes && count == LANES) byte_rows = (const int8_t*)rows;
@@ -191,15 +192,15 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
   }
 }
 
-// Tells a tile where the keys and values of the next one lie, or others where there is none. They are asked for line by line while this
-// tile is multiplied: all at once they would fill the processor's few places for loads under way, and it would wait instead of multiply.
-inline void find_next(const Cache& cache, const int32_t* table, int64_t kv_head, int64_t start, int64_t last, Tile& tile) {
+// Tells a tile where the keys and values lie that follow KEYS_AHEAD later, or others where there are none. They are asked for line by
+// line while this tile is multiplied: all at once they would fill the processor's few places for loads under way, and it would wait.
+inline void look_ahead(const Cache& cache, const int32_t* table, int64_t kv_head, int64_t start, int64_t last, Tile& tile) {
   const int64_t size = cache.block_size;
   for (int half = 0; half < 2; half++) {
-    const int64_t position = std::min(start + KEYS + half * LANES, last), block = table[position / size];
-    const int64_t inside = position % size / LANES * LANES;
-    tile.next_keys[half] = cache.key_lane(block, kv_head, inside);
-    tile.next_values[half] = cache.value_row(block, kv_head, inside);
+    const int64_t position = std::min(start + KEYS_AHEAD + half * LANES, last), index = cache.block_of(position), block = table[index];
+    const int64_t inside = (position - index * size) / LANES * LANES;
+    tile.keys_ahead[half] = cache.key_lane(block, kv_head, inside);
+    tile.values_ahead[half] = cache.value_row(block, kv_head, inside);
     if (cache.key_scale) {
       const int64_t at = cache.scale_of(block, kv_head, inside);
       __builtin_prefetch(cache.key_scale + at);

@@ -28,6 +28,8 @@ struct Cache {
 
   // An element takes 4 / pack bytes, so the lane of one position in a row of keys is always 4 bytes.
   int64_t head_bytes() const { return block_size * dim * 4 / pack; }
+  // Which of a request's blocks a position lies in. Sizes are nearly always 16, which needs no division.
+  int64_t block_of(int64_t position) const { return block_size == 16 ? position / 16 : position / block_size; }
   int64_t head_of(int64_t block, int64_t head) const { return block * kv_heads + head; }
   // Where the scales of one position begin.
   int64_t scale_of(int64_t block, int64_t head, int64_t inside) const {
