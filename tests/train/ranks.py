@@ -24,6 +24,7 @@ from qwenkit.train.parallel import (
     gradient_norm,
     gradient_sync,
     load_sharded,
+    local,
     reduce_gradients,
     reshard,
     save_sharded,
@@ -131,10 +132,20 @@ def state(model: Qwen, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
     return tensors
 
 
-def main(rank: int, size: int, port: int, folder: Path) -> None:
+def be_rank(rank: int, size: int, port: int) -> None:
+    """Make this process one of `size`, as torchrun would."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+
+
+def held(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters in this process."""
+    return sum(local(parameter).nbytes for parameter in model.parameters())
+
+
+def main(rank: int, size: int, port: int, folder: Path) -> None:
+    be_rank(rank, size, port)
     found: dict[str, Any] = {}
     world = World.current(TrainConfig(method="full", parallel="ddp"))
     alone = {kind: new_model(kind) for kind in MODELS}

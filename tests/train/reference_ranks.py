@@ -1,7 +1,6 @@
 """One process of several: trains on preferences, measured against a model that the processes share; see test_reference.py."""
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from qwenkit.train.batch import IGNORE, Pair, Sample, TrainBatch
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.methods import prepare_model, trainable_parameters
-from qwenkit.train.parallel import World, gradient_sync, local, reduce_gradients, reshard, wrap
+from qwenkit.train.parallel import World, gradient_sync, reduce_gradients, reshard, wrap
 from qwenkit.train.preference import make_reference, objective
 from qwenkit.weights.checkpoint import open_checkpoint
+from tests.train.ranks import be_rank, held
 
 STEPS, BATCHES, PAIRS = 3, 2, 3
 FSDP: dict[str, Any] = {"method": "full", "parallel": "fsdp"}
@@ -62,14 +62,8 @@ def train(config: TrainConfig, folder: Path, world: World) -> tuple[list[float],
     return losses, before, held(reference)
 
 
-def held(model: torch.nn.Module) -> int:
-    return sum(local(parameter).nbytes for parameter in model.parameters())
-
-
 def main(rank: int, size: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    be_rank(rank, size, port)
     found: dict[str, Any] = {}
     for layout, settings in LAYOUTS.items():
         config = TrainConfig(**settings, model=str(folder), dtype="float32", per_device_train_batch_size=PAIRS)

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from qwenkit.model.qwen import Qwen
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.methods import outline_model, prepare_model, trainable_parameters
-from qwenkit.train.parallel import World, fill_slices, local, wrap
+from qwenkit.train.parallel import World, fill_slices, wrap
 from qwenkit.weights import stored
 from qwenkit.weights.checkpoint import open_checkpoint
 from tests.train import ranks
 from tests.train.allocations import allocated
+from tests.train.ranks import be_rank, held
 
 STEPS = 2
 SIZES = {
@@ -77,14 +77,8 @@ class Reading(AbstractContextManager["Reading"]):
         self._patch.undo()
 
 
-def held(model: Qwen) -> int:
-    return sum(local(parameter).nbytes for parameter in model.parameters())
-
-
 def main(rank: int, size: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    be_rank(rank, size, port)
     found: dict[str, Any] = {}
     for layout in LAYOUTS:
         gc.collect()  # what the last layout leaves must not be freed while this one's allocations are counted

@@ -57,6 +57,8 @@ struct Item {
   int64_t first_place;  // in the bias's table, of the request's first token
 
   int64_t last() const { return first_position + tokens - 1; }
+  // Where row `r` of one of the item's key heads has its query, and its result.
+  int64_t row_at(const Heads& h, int head, int r) const { return (r / h.group() * h.heads + head * h.group() + r % h.group()) * h.dim; }
   int64_t start(const Heads& h) const { return h.window > 0 && first_position >= h.window ? first_position - h.window + 1 : 0; }
 };
 
@@ -87,10 +89,10 @@ inline void read_queries(const Heads& h, const Item& item, Pass& pass) {
   }
   for (int head = 0; head < item.kv_heads; head++)
     for (int r = 0; r < rows; r++) {
-      const int row = head * padded(rows) + r, token = r / group;
-      const float* query = item.q + (token * h.heads + head * group + r % group) * h.dim;
+      const int row = head * padded(rows) + r;
+      const float* query = item.q + item.row_at(h, head, r);
       pass.query_of[row] = query;
-      pass.token_of[row] = token;
+      pass.token_of[row] = r / group;
       if (PACK >= CACHE_INT8) quantize_query<PACK>(query, h.dim, pass.query_rows[row], pass.queries + row * 2 * h.dim);
       if (item.bias)
         turn_query(pass, query, item.bias->of(item.kv_head + head, h.dim), item.bias->half, h.scale, pass.turns + row * 2 * item.bias->half);
@@ -128,10 +130,9 @@ inline void attend_part(const Heads& h, const Cache& cache, const Item& item, in
 // Calls each(r, row, out) for the rows of an item: the how manyth it is, its place in the pass, and where its result goes.
 template <class Each>
 inline void each_row(const Heads& h, const Item& item, Each each) {
-  const int group = (int)h.group(), rows = item.tokens * group;
+  const int rows = item.tokens * (int)h.group();
   for (int head = 0; head < item.kv_heads; head++)
-    for (int r = 0; r < rows; r++)
-      each(head * rows + r, head * padded(rows) + r, item.out + (r / group * h.heads + head * group + r % group) * h.dim);
+    for (int r = 0; r < rows; r++) each(head * rows + r, head * padded(rows) + r, item.out + item.row_at(h, head, r));
 }
 
 // A whole item on one thread.

@@ -148,7 +148,8 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
       }
     }
     if (whole) {
-      const int64_t index = cache.block_of(from), inside = from - index * size, block = table[index], at = cache.scale_of(block, kv_head, inside);
+      const auto [block, inside] = cache.place_of(table, from);
+      const int64_t at = cache.scale_of(block, kv_head, inside);
       const uint8_t* rows = cache.value_row(block, kv_head, inside);
       tile.keys[half] = cache.key_lane(block, kv_head, inside);
       if (bytes && count == LANES) byte_rows = (const int8_t*)rows;
@@ -166,7 +167,8 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
     } else {
       tile.keys[half] = pass.keys[half];
       for (int j = 0; j < count; j++) {
-        const int64_t block = table[(from + j) / size], inside = (from + j) % size, at = cache.scale_of(block, kv_head, inside);
+        const auto [block, inside] = cache.place_of(table, from + j);
+        const int64_t at = cache.scale_of(block, kv_head, inside);
         const uint8_t *lane = cache.key_lane(block, kv_head, inside), *row = cache.value_row(block, kv_head, inside);
         for (int64_t d = 0; d < dim / PACK; d++) memcpy(pass.keys[half] + (d * LANES + j) * 4, lane + d * size * 4, 4);
         if (bytes) memcpy(gathered + j * dim, row, dim);
@@ -195,10 +197,9 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
 // Tells a tile where the keys and values lie that follow KEYS_AHEAD later, or others where there are none. They are asked for line by
 // line while this tile is multiplied: all at once they would fill the processor's few places for loads under way, and it would wait.
 inline void look_ahead(const Cache& cache, const int32_t* table, int64_t kv_head, int64_t start, int64_t last, Tile& tile) {
-  const int64_t size = cache.block_size;
   for (int half = 0; half < 2; half++) {
-    const int64_t position = std::min(start + KEYS_AHEAD + half * LANES, last), index = cache.block_of(position), block = table[index];
-    const int64_t inside = (position - index * size) / LANES * LANES;
+    const auto [block, place] = cache.place_of(table, std::min(start + KEYS_AHEAD + half * LANES, last));
+    const int64_t inside = place / LANES * LANES;
     tile.keys_ahead[half] = cache.key_lane(block, kv_head, inside);
     tile.values_ahead[half] = cache.value_row(block, kv_head, inside);
     if (cache.key_scale) {

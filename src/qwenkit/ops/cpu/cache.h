@@ -20,6 +20,10 @@ enum CacheType { CACHE_FP32 = 1, CACHE_BF16 = 2, CACHE_INT8 = 4, CACHE_INT4 = 8 
 constexpr int LANES = 16;
 constexpr int MAX_DIM = 256;  // largest head_dim
 
+struct Place {
+  int64_t block, inside;
+};
+
 struct Cache {
   uint8_t *keys, *values;
   uint16_t *key_scale, *value_scale;  // bf16
@@ -28,8 +32,11 @@ struct Cache {
 
   // An element takes 4 / pack bytes, so the lane of one position in a row of keys is always 4 bytes.
   int64_t head_bytes() const { return block_size * dim * 4 / pack; }
-  // Which of a request's blocks a position lies in. Sizes are nearly always 16, which needs no division.
-  int64_t block_of(int64_t position) const { return block_size == 16 ? position / 16 : position / block_size; }
+  // Where a position of a request lies. Sizes are nearly always 16, which needs no division.
+  Place place_of(const int32_t* table, int64_t position) const {
+    const int64_t index = block_size == 16 ? position / 16 : position / block_size;
+    return {table[index], position - index * block_size};
+  }
   int64_t head_of(int64_t block, int64_t head) const { return block * kv_heads + head; }
   // Where the scales of one position begin.
   int64_t scale_of(int64_t block, int64_t head, int64_t inside) const {
