@@ -110,6 +110,26 @@ def test_decode_steps_are_replayed(make_engine: MakeEngine, models: dict[str, Qw
         assert sorted(graphs._steps) == [1, 3, 6, 12]
 
 
+def test_tokens_drawn_in_a_replay_are_those_drawn_after_it(make_engine: MakeEngine, models: dict[str, Qwen]) -> None:
+    """A recorded step draws by itself while all its rows' logits stay as they are, and the rows' settings come and go."""
+    wishes = [
+        SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True),
+        SamplingParams(max_tokens=9, temperature=1.0, seed=1, ignore_eos=True),
+        SamplingParams(max_tokens=12, temperature=1.5, top_k=20, top_p=0.7, seed=2, ignore_eos=True),
+        SamplingParams(max_tokens=14, temperature=0.8, min_p=0.1, seed=3, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=1.0, seed=4, frequency_penalty=1.5, ignore_eos=True),
+        SamplingParams(max_tokens=3, temperature=0.0, logprobs=2, ignore_eos=True),
+    ]
+    for model in models.values():
+        answers = []
+        for graphs in (True, False):
+            engine = make_engine(model, num_blocks=64, graphs=graphs)
+            ids = [engine.add([place, 2, 3], params) for place, params in enumerate(wishes)]
+            deltas = run(engine)
+            answers.append([tokens_of(deltas[request_id, 0]) for request_id in ids])
+        assert answers[0] == answers[1]
+
+
 def test_a_request_alone_and_in_a_batch_gives_the_same_tokens(make_engine: MakeEngine, models: dict[str, Qwen]) -> None:
     params = SamplingParams(max_tokens=10, temperature=0.9, seed=5, ignore_eos=True)
     engine = make_engine(models["qwen3"], num_blocks=64)

@@ -168,6 +168,8 @@ class Engine:
     def _compute(self, rows: list[Row]) -> list[Sampled | None]:
         """The next token of each row that samples. Changes nothing that would stand in the way of doing it again."""
         computed = self.runner.run(rows)
+        if computed.tokens is not None:
+            return [Sampled(token, None) for token in computed.tokens]
         if computed.hidden is not None:
             for row, hidden in zip(rows, computed.hidden.split([row.num_tokens for row in rows]), strict=True):
                 if row.sequence.prompt_logprobs is not None:

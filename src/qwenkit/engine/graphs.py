@@ -1,21 +1,24 @@
 """Decode without Python in the loop: a step in which every row computes one token is recorded once for each batch size, and
 replayed as one native call.
 
-In: the rows of a step. Out: their logits. The model's own code is recorded while it runs on fixed input tensors; a replay writes
-new ids, positions, slots and block tables into the same tensors. Whatever is not a native op cannot be replayed, so recording
-watches for it: such a model is run the ordinary way.
+In: the rows of a step. Out: their logits, and their next tokens where these are drawn from the logits as they are. The model's
+own code is recorded while it runs on fixed input tensors; a replay writes new ids, positions, slots and block tables into the
+same tensors. Whatever is not a native op cannot be replayed, so recording watches for it: such a model is run the ordinary way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qwenkit import ops
 from qwenkit.engine.batch import Paged
+from qwenkit.engine.sampler import Limits, is_plain
 from qwenkit.engine.scheduler import Row
 from qwenkit.model.positions import Positions
 from qwenkit.model.qwen import Qwen
@@ -52,6 +55,16 @@ class _Watch(TorchDispatchMode):
         raise _NotRecordableError(str(func))
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """logits (N, vocab_size) fp32 of N rows, overwritten by the next step of the same size; their next tokens, -1 where the
+    logits gave no choice, or None where a row's logits are still to be changed or told of.
+    """
+
+    logits: torch.Tensor
+    tokens: list[int] | None
+
+
 class DecodeGraphs:
     """`caches` have one block more than the pool gives out: rows that fill up a batch size write there.
 
@@ -71,11 +84,8 @@ class DecodeGraphs:
             positions = Positions.of(model.config, torch.arange(length), None)
             self._angles = positions.cos.numpy(), positions.sin.numpy()
 
-    def run(self, rows: list[Row]) -> torch.Tensor | None:
-        """Logits (N, vocab_size) of N rows, or None where the step has to be run the ordinary way.
-
-        The logits are overwritten by the next step of the same size.
-        """
+    def run(self, rows: list[Row]) -> Replayed | None:
+        """What N rows compute, or None where the step has to be run the ordinary way."""
         if not self._recordable or not all(row.num_tokens == 1 and row.samples for row in rows):
             return None
         if any(row.sequence.rope_alpha is not None for row in rows):
@@ -90,7 +100,7 @@ class DecodeGraphs:
                 return None
             self._steps[size] = step
         assert self._angles is not None
-        return step.run(rows, self._angles)[: len(rows)]
+        return step.run(rows, self._angles)
 
 
 def _size_for(rows: int) -> int:
@@ -122,15 +132,19 @@ class _Step:
         places = torch.zeros(size, dtype=torch.int64)  # are positions: requests with a rotary stretch are not replayed
         ctx = Paged(caches, slots, torch.arange(size + 1), lengths, tables, places=places)
         positions = Positions(cos, sin, None)
-        with native.executor.record() as program, _Watch():
+        self._limits = Limits(size)
+        with torch.inference_mode(), native.executor.record() as program, _Watch():
             self._logits = model.logits(model.model(ids, positions, ctx))
+            self._to_logits = len(program)
+            tokens = ops.sample(self._logits, *self._limits.tensors)
+        self._tokens = tokens.numpy()
         self._replay = program.finish(native.executor.library)
         # the same memory as numpy sees it, which is quicker to write from lists
         self._ids, self._slots, self._lengths = ids.numpy(), slots.numpy(), lengths.numpy()
         self._tables, self._spare, self._places = tables.numpy(), spare, places.numpy()
         self._cos, self._sin = cos.numpy(), sin.numpy()
 
-    def run(self, rows: list[Row], angles: Angles) -> torch.Tensor:
+    def run(self, rows: list[Row], angles: Angles) -> Replayed:
         count, block_size = len(rows), self._block_size
         positions = [row.sequence.num_computed for row in rows]
         for place, (row, position) in enumerate(zip(rows, positions, strict=True)):
@@ -146,5 +160,11 @@ class _Step:
         self._tables[count:, 0] = self._spare
         for table, rotated in zip(angles, (self._cos, self._sin), strict=True):
             table.take(positions, axis=0, out=rotated[:count], mode="clip")  # any other mode writes to a copy first
+        sequences = [row.sequence for row in rows]
+        logits = self._logits if count == self._logits.shape[0] else self._logits[:count]
+        if not all(map(is_plain, sequences)):
+            self._replay(self._to_logits)
+            return Replayed(logits, None)
+        self._limits.write(sequences)
         self._replay()
-        return self._logits
+        return Replayed(logits, self._tokens[:count].tolist())

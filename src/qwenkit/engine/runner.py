@@ -30,11 +30,12 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 class Computed:
     """logits (N, vocab_size) fp32 of the N rows that sample, in order; they are overwritten by a later step.
 
-    hidden (T, hidden_size) of the whole stream, None where the step was replayed.
+    A step that was computed has hidden (T, hidden_size) of the whole stream; one that was replayed may have drawn `tokens`.
     """
 
     logits: torch.Tensor
-    hidden: torch.Tensor | None
+    hidden: torch.Tensor | None = None
+    tokens: list[int] | None = None
 
 
 class Runner:
@@ -75,14 +76,17 @@ class Runner:
             max_blocks = -(-max_model_len // block_size)
             self.graphs = DecodeGraphs(model, self.caches, max_blocks=max_blocks, native=native)
 
-    @torch.inference_mode()
     def run(self, rows: list[Row]) -> Computed:
         """Compute the rows' tokens."""
         adapted = any(row.sequence.adapter is not None for row in rows)
         if self.graphs is not None and not adapted:
-            logits = self.graphs.run(rows)
-            if logits is not None:
-                return Computed(logits, None)
+            replayed = self.graphs.run(rows)
+            if replayed is not None:
+                return Computed(replayed.logits, tokens=replayed.tokens)
+        return self._compute(rows)
+
+    @torch.inference_mode()
+    def _compute(self, rows: list[Row]) -> Computed:
         batch = Batch.of(rows, self.caches, self.device)
         with self.adapters.routed((row.sequence.adapter, row.num_tokens) for row in rows):
             hidden = self.model(batch.ids, batch.positions, batch.ctx)

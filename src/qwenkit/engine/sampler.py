@@ -7,8 +7,6 @@ that is preempted or batched differently draws the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeAlias
 
 import torch
 
@@ -33,9 +31,12 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
         for row, sequence in enumerate(sequences)
         if sequence.params.logprobs is not None
     }
-    for row, sequence in zip(logits, sequences, strict=True):
-        _adjust(row, sequence)
-    tokens: list[int] = ops.sample(logits, *_settings(sequences)).tolist()
+    for row, sequence in enumerate(sequences):
+        if _adjusts(sequence):
+            _adjust(logits[row], sequence)
+    limits = Limits(len(sequences))
+    limits.write(sequences)
+    tokens: list[int] = ops.sample(logits, *limits.tensors).tolist()
     return [
         Sampled(
             token,
@@ -74,32 +75,56 @@ def _mixed(state: int) -> int:
     return state ^ state >> 31
 
 
-def _settings(sequences: list[Sequence]) -> tuple[torch.Tensor, ...]:
-    """What `ops.sample` wants to know of each row: temperature, top_k, top_p, min_p and the random number."""
-    rows = tuple(_limits(sequence.params) for sequence in sequences)
-    *limits, numbers = _as_tensors(rows)
-    if any(row[0] for row in rows):
-        drawn = [uniform(sequence.seed, sequence.index, sequence.num_output) for sequence in sequences]
-        numbers = torch.tensor(drawn, dtype=torch.float64)
-    return (*limits, numbers)
+class Limits:
+    """What `ops.sample` wants to know of each row, in tensors that stay where they are: temperature (0: greedy), top_k, top_p,
+    min_p and the random number. Rows that nobody wrote are greedy.
+    """
+
+    def __init__(self, rows: int) -> None:
+        integers, doubles = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.float64)
+        self.tensors = (torch.zeros(rows), integers, torch.ones(rows), torch.zeros(rows), doubles)
+        self._columns = [
+            tensor.numpy() for tensor in self.tensors
+        ]  # the same memory, which is quicker to write from lists
+        self._written: list[tuple[float, int, float, float]] = []
+
+    def write(self, sequences: list[Sequence]) -> None:
+        """Say what the first rows want; most batches want the same in many steps."""
+        wanted = [_limits(sequence.params) for sequence in sequences]
+        *limits, numbers = self._columns
+        if wanted != self._written:
+            for column, values in zip(limits, zip(*wanted, strict=True), strict=True):
+                column[: len(wanted)] = values
+            limits[0][len(wanted) :] = 0
+            self._written = wanted
+        for row, sequence in enumerate(sequences):
+            if wanted[row][0]:
+                numbers[row] = uniform(sequence.seed, sequence.index, sequence.num_output)
 
 
-_Limits: TypeAlias = tuple[float, int, float, float]
-
-
-def _limits(params: SamplingParams) -> _Limits:
-    """Temperature (0: greedy), top_k, top_p and min_p."""
+def _limits(params: SamplingParams) -> tuple[float, int, float, float]:
+    """Temperature, top_k, top_p and min_p."""
     assert params.temperature is not None
     temperature = 0.0 if params.temperature < GREEDY_BELOW else params.temperature
     return temperature, max(params.top_k or 0, 0), params.top_p or 1.0, params.min_p or 0.0
 
 
-@lru_cache(maxsize=64)  # a batch keeps its rows for many steps
-def _as_tensors(rows: tuple[_Limits, ...]) -> tuple[torch.Tensor, ...]:
-    """The columns, and zeros in the place of random numbers, which greedy rows do not look at."""
-    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
-    zeros = torch.zeros(len(rows), dtype=torch.float64)
-    return torch.tensor(temperature), torch.tensor(top_k), torch.tensor(top_p), torch.tensor(min_p), zeros
+def is_plain(sequence: Sequence) -> bool:
+    """Whether the next token is drawn from the logits as they are, and nothing else is told of them."""
+    return sequence.params.logprobs is None and not _adjusts(sequence)
+
+
+def _adjusts(sequence: Sequence) -> bool:
+    """Whether anything changes the logits before the draw."""
+    params = sequence.params
+    return bool(
+        params.logit_bias
+        or params.frequency_penalty
+        or params.presence_penalty
+        or (params.repetition_penalty or 1.0) != 1.0
+        or sequence.num_output < params.min_tokens
+        or sequence.matcher is not None
+    )
 
 
 def _adjust(row: torch.Tensor, sequence: Sequence) -> None:

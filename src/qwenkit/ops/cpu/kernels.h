@@ -7,4 +7,4 @@
 #include "sample.h"
 
 static const Kernel kernels[QK_KINDS] = {embed,  rms_norm,    quantize, linear,   linear_bf16,
-                                         rotate, write_cache, attend,   silu_mul, add, sample};
+                                         rotate, write_cache, attend,   silu_mul, add, peaks, sample};

@@ -33,9 +33,9 @@ class Library:
     handle: ctypes.CDLL
     instruction_set: str
 
-    def run(self, ops: ctypes.Array[Op]) -> None:
-        """Run a program on all threads; returns when it is done. The GIL is free meanwhile."""
-        self.handle.qk_run(ops, len(ops))
+    def run(self, ops: ctypes.Array[Op], count: int | None = None) -> None:
+        """Run a program, or its first `count` operations, on all threads; returns when it is done. The GIL is free meanwhile."""
+        self.handle.qk_run(ops, len(ops) if count is None else count)
 
     def use_threads(self, threads: int) -> None:
         failed = self.handle.qk_configure(self.instruction_set.encode(), threads)

@@ -51,12 +51,25 @@ inline void store_rows(const Target& to, int64_t token, int64_t row, int64_t row
 
 enum Scales { PER_GROUP, PER_GROUP_OFFSET, PER_CHANNEL };
 
-// How far ahead of its use memory is asked for. A tile reads its blocks side by side and the next tile the blocks after them, so near the
-// end of its block a stream goes on in the next tile's; not where many tokens come back to the same two blocks.
-constexpr int64_t AHEAD = 2048;
-inline int64_t ahead_of(int64_t at, int64_t block_bytes, int blocks) {
-  return blocks == 2 || at + AHEAD < block_bytes ? AHEAD : AHEAD + (blocks - 1) * block_bytes;
-}
+// How far ahead of its use memory is asked for. A tile of one or two tokens reads four streams and waits for memory: a line is asked
+// for the second-level cache first and for the first level later, because the few places that the first level has for lines on their
+// way would be taken for all the time that memory needs. A tile reads its blocks side by side and the next tile the blocks after them,
+// so near the end of its block a stream goes on in the next tile's; not where many tokens come back to the same two blocks.
+template <int R>
+struct Ahead {
+  static constexpr int64_t NEAR = R == 2 ? 2048 : 1024, FAR = 2048;
+  int64_t near, far;
+  Ahead(int64_t at, int64_t block_bytes) : near(from(at, NEAR, block_bytes)), far(from(at, FAR, block_bytes)) {}
+  void ask(const uint8_t* line) const {
+    if (R > 2) __builtin_prefetch(line + far, 0, 2);
+    __builtin_prefetch(line + near, 0, 3);
+  }
+
+ private:
+  static int64_t from(int64_t at, int64_t ahead, int64_t block_bytes) {
+    return R == 2 || at + ahead < block_bytes ? ahead : ahead + (R - 1) * block_bytes;
+  }
+};
 
 // Four inputs of R blocks and MT tokens, whose rows lie `stride` bytes apart.
 template <int R, int MT>
@@ -84,7 +97,7 @@ inline void packed_tile(const Packed& w, int64_t block, const Quantized& a, int6
   for (int64_t g = 0; g < groups; g++) {
     const uint8_t* from = w.q + block * block_bytes + g * group_bytes;
     const int8_t* x = a.q + token * w.cols + g * w.group;
-    const int64_t ahead = ahead_of(g * group_bytes, block_bytes, R);
+    const Ahead<R> ahead(g * group_bytes, block_bytes);
     I16 sum[R][MT];
     QK_UNROLL
     for (int r = 0; r < R; r++)
@@ -95,7 +108,7 @@ inline void packed_tile(const Packed& w, int64_t block, const Quantized& a, int6
       QK_UNROLL
       for (int r = 0; r < R; r++) {
         q[r] = i_load(from + r * block_bytes + bytes);
-        __builtin_prefetch(from + r * block_bytes + bytes + ahead);
+        ahead.ask(from + r * block_bytes + bytes);
         low[r] = BITS == 4 ? i_low_nibbles(q[r]) : q[r];
       }
       add_products<R, MT>(sum, low, x, w.cols);
@@ -210,12 +223,12 @@ inline void bf16_tile(const uint8_t* q, int64_t rows, int64_t cols, int64_t bloc
     QK_UNROLL
     for (int t = 0; t < MT; t++) total[r][t] = f_zero();
   for (int64_t k = 0; k < cols; k += 2, from += 64) {
-    const int64_t ahead = ahead_of(k * 32, block_bytes, R);
+    const Ahead<R> ahead(k * 32, block_bytes);
     I16 pair[R];
     QK_UNROLL
     for (int r = 0; r < R; r++) {
       pair[r] = i_load(from + r * block_bytes);
-      __builtin_prefetch(from + r * block_bytes + ahead);
+      ahead.ask(from + r * block_bytes);
     }
     QK_UNROLL
     for (int t = 0; t < MT; t++) {

@@ -17,6 +17,7 @@ from qwenkit.ops.cpu.program import Executor, Kind
 from qwenkit.ops.packed import PackedWeight
 
 MAX_HEAD_DIM, MAX_GROUP = 256, 128  # cache.h: MAX_DIM; attention.h: heads that share a key head within MAX_PASS
+PEAK_PARTS = 64  # sample.h
 PART_KEYS, ACCUMULATOR, MOST_SHARED_PARTS = 256, 32, 4096  # attention.h: the first two
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8, INT4)
 
@@ -151,8 +152,10 @@ class NativeOps:
         min_p: torch.Tensor,
         uniform: torch.Tensor,
     ) -> torch.Tensor:
-        tokens = torch.empty(logits.shape[0], dtype=torch.int64)
-        pointers = (tokens, logits, temperature, top_k, top_p, min_p, uniform)
+        rows = logits.shape[0]
+        tokens, peaks = torch.empty(rows, dtype=torch.int64), torch.empty(rows, PEAK_PARTS)
+        self.executor.submit(Kind.PEAKS, (peaks, logits), tuple(logits.shape), writes=(peaks,))
+        pointers = (tokens, logits, temperature, top_k, top_p, min_p, uniform, peaks)
         self.executor.submit(Kind.SAMPLE, pointers, tuple(logits.shape), writes=(tokens,))
         return tokens
 

@@ -32,7 +32,8 @@ class Kind(IntEnum):
     ATTEND = 7
     SILU_MUL = 8
     ADD = 9
-    SAMPLE = 10
+    PEAKS = 10
+    SAMPLE = 11
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Program:
         self._steps: list[_Step] = []
         self._tensors: list[torch.Tensor] = []
         self._unwritten: set[int] = set()  # results that exist no more, since what read them does their work too
+
+    def __len__(self) -> int:
+        return len(self._steps)
 
     def append(
         self, op: Op, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], hold: Sequence[torch.Tensor]
@@ -122,15 +126,16 @@ def _copy(op: Op) -> Op:
 
 
 class Replay:
-    """A finished program: calling it computes everything again from what its input tensors now hold."""
+    """A finished program: calling it computes everything again from what its input tensors now hold, or what its first `count`
+    operations computed."""
 
     def __init__(self, library: Library, ops: list[Op], tensors: list[torch.Tensor]) -> None:
         self._library = library
         self._ops = (Op * len(ops))(*ops)
         self._tensors = tensors
 
-    def __call__(self) -> None:
-        self._library.run(self._ops)
+    def __call__(self, count: int | None = None) -> None:
+        self._library.run(self._ops, count)
 
 
 class Executor:

@@ -43,7 +43,7 @@ inline float peak_of(const float* row, int64_t size) {
     nan |= f_nan(x);
     largest = f_max(largest, x);
   }
-  for (; k < size; k++) {
+  for (int64_t left = size % 16; left > 0; left--, k++) {
     nan |= row[k] != row[k];
     peak = row[k] > peak ? row[k] : peak;
   }
@@ -225,12 +225,27 @@ inline void keep_most(const float* row, const float* weights, int64_t size, doub
   kept.more.erase(last, kept.more.end());
 }
 
-inline int64_t draw(const float* row, int64_t size, float temperature, int64_t top_k, float top_p, float min_p, double uniform) {
+// A row is looked through for its peak in parts, each by the thread that has most likely just written it.
+constexpr int64_t PEAK_PARTS = 64;
+inline int64_t part_start(int64_t size, int64_t part) { return size / 32 * part / PEAK_PARTS * 32; }
+inline int64_t part_end(int64_t size, int64_t part) { return part + 1 == PEAK_PARTS ? size : part_start(size, part + 1); }
+
+// p: peaks out (rows, PEAK_PARTS), logits; n: rows, vocabulary
+void peaks(const Op& op, int thread, int threads) {
+  const int64_t size = op.n[1];
+  for (int64_t row = 0; row < op.n[0]; row++)
+    for (int64_t part = PEAK_PARTS * thread / threads; part < PEAK_PARTS * (thread + 1) / threads; part++) {
+      const int64_t start = part_start(size, part), count = part_end(size, part) - start;
+      ((float*)op.p[0])[row * PEAK_PARTS + part] = peak_of((const float*)op.p[1] + row * size + start, count);
+    }
+}
+
+inline int64_t draw(const float* row, int64_t size, const float* peaks, float temperature, int64_t top_k, float top_p, float min_p, double uniform) {
   static thread_local std::vector<Candidate> candidates;
   static thread_local std::vector<float> weights;
-  const float peak = peak_of(row, size);
+  const float peak = peak_of(peaks, PEAK_PARTS);
   if (!std::isfinite(peak)) return -1;
-  const int64_t likeliest_id = first_of(row, size, peak);
+  const int64_t start = part_start(size, first_of(peaks, PEAK_PARTS, peak)), likeliest_id = start + first_of(row + start, size - start, peak);
   if (temperature <= 0) return likeliest_id;
   const float inverse = 1.0f / temperature;
   weights.resize(size);
@@ -291,12 +306,12 @@ inline int64_t draw(const float* row, int64_t size, float temperature, int64_t t
   return chosen;
 }
 
-// p: tokens out (int64), logits, temperature, top_k (int64), top_p, min_p, uniform (double); n: rows, vocabulary. Temperature 0 takes
-// the likeliest, top_k 0 and top_p 1 cut nothing. -1 where a row has no finite largest logit.
+// p: tokens out (int64), logits, temperature, top_k (int64), top_p, min_p, uniform (double), peaks; n: rows, vocabulary. Temperature 0
+// takes the likeliest, top_k 0 and top_p 1 cut nothing. -1 where a row has no finite largest logit.
 void sample(const Op& op, int thread, int threads) {
   const int64_t size = op.n[1];
   for (int64_t row = thread; row < op.n[0]; row += threads)
-    ((int64_t*)op.p[0])[row] = draw((const float*)op.p[1] + row * size, size, ((const float*)op.p[2])[row], ((const int64_t*)op.p[3])[row],
+    ((int64_t*)op.p[0])[row] = draw((const float*)op.p[1] + row * size, size, (const float*)op.p[7] + row * PEAK_PARTS, ((const float*)op.p[2])[row], ((const int64_t*)op.p[3])[row],
                                     ((const float*)op.p[4])[row], ((const float*)op.p[5])[row], ((const double*)op.p[6])[row]);
 }
 
