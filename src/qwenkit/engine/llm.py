@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,7 +20,14 @@ from tqdm import tqdm
 from qwenkit import ops
 from qwenkit.engine.config import EngineConfig
 from qwenkit.engine.engine import Engine
-from qwenkit.engine.memory import choose_cache_dtype, choose_device, choose_dtype, choose_weights, plan_cache
+from qwenkit.engine.memory import (
+    choose_cache_dtype,
+    choose_device,
+    choose_dtype,
+    choose_weights,
+    give_back_heap,
+    plan_cache,
+)
 from qwenkit.engine.request import Completion, Delta, RequestOutput
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampling import SamplingParams
@@ -69,18 +77,21 @@ class LLM:
     ) -> None:
         self.config = _with_settings(config or EngineConfig(), settings)
         checkpoint = open_checkpoint(find_model(str(model), progress=progress))
-        self.tokenizer = checkpoint.tokenizer()
-        self.chat_format: ChatFormat | None = checkpoint.chat()
         self.default_params = SamplingParams.from_generation_config(checkpoint.generation_config)
         ops.use()
         device = choose_device(self.config.device)
         weights = choose_weights(self.config, device)
-        if weights == "float":
-            dtype = choose_dtype(self.config.dtype, checkpoint.config.get("dtype"), device)
-            self.model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
-        else:
-            dtype = torch.float32
-            self.model = load_packed(checkpoint, weights, cache_folder() / "packed", progress=progress)
+        with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes as long to parse as packed weights to read
+            tokenizer = beside.submit(checkpoint.tokenizer)
+            if weights == "float":
+                dtype = choose_dtype(self.config.dtype, checkpoint.config.get("dtype"), device)
+                self.model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+            else:
+                dtype = torch.float32
+                self.model = load_packed(checkpoint, weights, cache_folder() / "packed", progress=progress)
+        self.tokenizer = tokenizer.result()
+        self.chat_format: ChatFormat | None = checkpoint.chat()
+        give_back_heap()
         cache_dtype = choose_cache_dtype(self.config, weights, dtype)
         num_blocks, self.max_model_len = plan_cache(self.model.config, self.config, cache_dtype, device)
         runner = Runner(
