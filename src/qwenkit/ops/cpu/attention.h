@@ -62,12 +62,6 @@ struct Item {
   int64_t start(const Heads& h) const { return h.window > 0 && first_position >= h.window ? first_position - h.window + 1 : 0; }
 };
 
-// Rows that those of one key head take in a pass, with the ones that fill up the last 8 or 4.
-inline int padded(int rows) {
-  const int rest = rows % 8;
-  return rows - rest + (rest < 2 ? rest : rest <= 4 ? 4 : 8);
-}
-
 inline Pass& pass_of_thread() {
   static thread_local Pass of_thread;
   Pass* address = &of_thread;
@@ -89,7 +83,7 @@ inline void read_queries(const Heads& h, const Item& item, Pass& pass) {
   }
   for (int head = 0; head < item.kv_heads; head++)
     for (int r = 0; r < rows; r++) {
-      const int row = head * padded(rows) + r;
+      const int row = head * rows + r;
       const float* query = item.q + item.row_at(h, head, r);
       pass.query_of[row] = query;
       pass.token_of[row] = r / group;
@@ -103,11 +97,11 @@ inline void read_queries(const Heads& h, const Item& item, Pass& pass) {
 // tokens or heads the item has.
 template <int PACK>
 inline void attend_part(const Heads& h, const Cache& cache, const Item& item, int64_t part, Pass& pass) {
-  const int group = (int)h.group(), rows = item.tokens * group, all = item.kv_heads * padded(rows);
+  const int group = (int)h.group(), rows = item.tokens * group, all = item.kv_heads * rows;
   const int64_t last = item.last();
-  for (int r = 0; r < all + PAD + LANES; r++) pass.largest[r] = -INFINITY;
-  memset(pass.weight_sums, 0, (all + PAD) * LANES * sizeof(float));
-  memset(pass.sums, 0, (all + PAD) * h.dim * sizeof(float));
+  for (int r = 0; r < all + LANES; r++) pass.largest[r] = -INFINITY;
+  memset(pass.weight_sums, 0, all * LANES * sizeof(float));
+  memset(pass.sums, 0, all * h.dim * sizeof(float));
   Tile tile;
   tile.byte_step = 0;
   const int64_t from = std::max(part * PART_KEYS, item.start(h) / KEYS * KEYS), end = std::min((part + 1) * PART_KEYS, last + 1);
@@ -119,20 +113,19 @@ inline void attend_part(const Heads& h, const Cache& cache, const Item& item, in
         tile.cos[half] = item.bias->table + item.first_place + start + half * LANES;
         tile.sin[half] = tile.cos[half] + item.bias->half * item.bias->length;
       }
-      const int first = head * padded(rows), stop = first + rows;
+      const int first = head * rows, stop = first + rows;
       int r = first + (start > item.first_position ? (int)(start - item.first_position) * group : 0);  // earlier tokens see none of these
-      for (; r + 4 < stop; r += 8) attend_rows<PACK, 8>(h, item.bias, pass, tile, r, stop, start, item.first_position);
-      for (; r + 1 < stop; r += 4) attend_rows<PACK, 4>(h, item.bias, pass, tile, r, stop, start, item.first_position);
-      for (; r < stop; r++) attend_rows<PACK, 1>(h, item.bias, pass, tile, r, stop, start, item.first_position);
+      for (; r + 8 <= stop; r += 8) attend_rows<PACK, 8>(h, item.bias, pass, tile, r, start, item.first_position);
+      attend_last_rows<PACK, 7>(stop - r, h, item.bias, pass, tile, r, start, item.first_position);
     }
 }
 
-// Calls each(r, row, out) for the rows of an item: the how manyth it is, its place in the pass, and where its result goes.
+// Calls each(row, out) for the rows of an item: its place in the pass, and where its result goes.
 template <class Each>
 inline void each_row(const Heads& h, const Item& item, Each each) {
   const int rows = item.tokens * (int)h.group();
   for (int head = 0; head < item.kv_heads; head++)
-    for (int r = 0; r < rows; r++) each(head * rows + r, head * padded(rows) + r, item.out + item.row_at(h, head, r));
+    for (int r = 0; r < rows; r++) each(head * rows + r, item.out + item.row_at(h, head, r));
 }
 
 // A whole item on one thread.
@@ -144,12 +137,12 @@ inline void attend_item(const Heads& h, const Cache& cache, const Item& item) {
   const int64_t first = item.start(h) / PART_KEYS, parts = item.last() / PART_KEYS + 1;
   for (int64_t part = first; part < parts; part++) {
     attend_part<PACK>(h, cache, item, part, pass);
-    each_row(h, item, [&](int r, int row, float*) {
-      store_row(pass, row, dim, part == first ? pass.totals + r * stride : pass.row);
-      if (part > first) fold(pass.totals + r * stride, pass.row, dim);
+    each_row(h, item, [&](int row, float*) {
+      store_row(pass, row, dim, part == first ? pass.totals + row * stride : pass.row);
+      if (part > first) fold(pass.totals + row * stride, pass.row, dim);
     });
   }
-  each_row(h, item, [&](int r, int, float* out) { write_row(pass.totals + r * stride, dim, multiplies_bytes<PACK>(dim), out); });
+  each_row(h, item, [&](int row, float* out) { write_row(pass.totals + row * stride, dim, multiplies_bytes<PACK>(dim), out); });
 }
 
 // Memory in which threads that share an item meet: `slots` with an accumulator for each row of a part, and a counter for each item, 0
@@ -169,12 +162,12 @@ inline void attend_shared(const Heads& h, const Cache& cache, const Item& item, 
   read_queries<PACK>(h, item, pass);
   for (int64_t part = begin; part < end; part++) {
     attend_part<PACK>(h, cache, item, first + part, pass);
-    each_row(h, item, [&](int r, int row, float*) { store_row(pass, row, dim, slots + (part * rows + r) * stride); });
+    each_row(h, item, [&](int row, float*) { store_row(pass, row, dim, slots + (part * rows + row) * stride); });
   }
   if (__atomic_add_fetch(counter, (int32_t)(end - begin), __ATOMIC_ACQ_REL) < parts) return;
-  each_row(h, item, [&](int r, int, float* out) {
-    for (int64_t part = 1; part < parts; part++) fold(slots + r * stride, slots + (part * rows + r) * stride, dim);
-    write_row(slots + r * stride, dim, multiplies_bytes<PACK>(dim), out);
+  each_row(h, item, [&](int row, float* out) {
+    for (int64_t part = 1; part < parts; part++) fold(slots + row * stride, slots + (part * rows + row) * stride, dim);
+    write_row(slots + row * stride, dim, multiplies_bytes<PACK>(dim), out);
   });
   __atomic_store_n(counter, 0, __ATOMIC_RELEASE);
 }
@@ -215,7 +208,7 @@ inline int heads_together(const Op& op, const Heads& h, int threads) {
   int64_t parts = 0;
   for (int64_t row = 0; row < op.n[0]; row++)
     if (starts[row + 1] - starts[row] == 1) parts += ((h.window > 0 ? std::min(h.window, lengths[row]) : lengths[row]) - 1) / PART_KEYS + 1;
-  return parts < 4 * threads ? 1 : (int)std::min<int64_t>(h.kv_heads, MAX_PASS / padded((int)h.group()));
+  return parts < 4 * threads ? 1 : (int)std::min<int64_t>(h.kv_heads, MAX_PASS / h.group());
 }
 
 // Whole items go round the threads. The parts of shared ones are cut into one range for each thread, so that it reads its keys in order.

@@ -213,10 +213,16 @@ QK_NOINLINE void add_bytes(float* const* rows, const float* corrections, const f
   }
 }
 
-// Rows `first` .. `first + R` of a pass, of those before `end`, against the keys from position `start`. A row is one head of one token.
+// Calls does(count, r) for R rows in fours, and last for those that are left: more sums than four rows have do not fit the registers.
+template <int R, class Does>
+inline void by_fours(Does does) {
+  for (int r = 0; r + 4 <= R; r += 4) does(Count<4>(), r);
+  if constexpr (R % 4 > 0) does(Count<R % 4>(), R / 4 * 4);
+}
+
+// Rows `first` .. `first + R` of a pass against the keys from position `start`. A row is one head of one token.
 template <int PACK, int R>
-inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const Tile& tile, int first, int end, int64_t start,
-                        int64_t first_position) {
+inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const Tile& tile, int first, int64_t start, int64_t first_position) {
   const int64_t dim = h.dim;
   int row_of[R];
   float* sums[R];
@@ -224,15 +230,14 @@ inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const T
   ByteWeights steps[R];
   const bool bytes = multiplies_bytes<PACK>(dim);
   for (int r = 0; r < R; r++) {
-    row_of[r] = first + r < end ? first + r : end - 1;
+    row_of[r] = first + r;
     sums[r] = pass.sums + (first + r) * dim;
   }
-  constexpr int PART = R < 4 ? R : 4;
   if (PACK >= CACHE_INT8) {
-    for (int r = 0; r < R; r += PART) {
-      score_bytes<PACK, PART>(pass, row_of + r, tile, dim, h.scale, scores + r);
-      if (bias) add_bias<PART>(pass, *bias, row_of + r, tile, scores + r);
-    }
+    by_fours<R>([&](auto count, int r) {
+      score_bytes<PACK, count.value>(pass, row_of + r, tile, dim, h.scale, scores + r);
+      if (bias) add_bias<count.value>(pass, *bias, row_of + r, tile, scores + r);
+    });
   } else {
     const float* queries[R];
     for (int r = 0; r < R; r++) queries[r] = pass.query_of[row_of[r]];
@@ -280,10 +285,18 @@ inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const T
     }
   }
   for (int r = 0; r < R; r++) pass.largest[first + r] = pass.largest[first + r] > highest[r] ? pass.largest[first + r] : highest[r];
-  for (int part = 0; part < R; part += PART) {
-    if (bytes) add_bytes<PART>(sums + part, corrections + part, scales + part, steps + part, tile, dim);
-    else add_all_values<PART>(sums + part, corrections + part, scores + part, tile, dim);
-  }
+  by_fours<R>([&](auto count, int r) {
+    if (bytes) add_bytes<count.value>(sums + r, corrections + r, scales + r, steps + r, tile, dim);
+    else add_all_values<count.value>(sums + r, corrections + r, scores + r, tile, dim);
+  });
+}
+
+// The last rows of a head, up to R of them.
+template <int PACK, int R>
+inline void attend_last_rows(int rows, const Heads& h, const KeyBias* bias, Pass& pass, const Tile& tile, int first, int64_t start,
+                             int64_t first_position) {
+  if (rows == R) attend_rows<PACK, R>(h, bias, pass, tile, first, start, first_position);
+  else if constexpr (R > 1) attend_last_rows<PACK, R - 1>(rows, h, bias, pass, tile, first, start, first_position);
 }
 
 }  // namespace

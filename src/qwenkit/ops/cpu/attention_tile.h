@@ -13,7 +13,6 @@ constexpr int PART_KEYS = 256;  // sums begin anew after so many keys, and are t
 constexpr int KEYS = 32;       // keys that are scored together: two vectors of 16 lanes
 constexpr int KEYS_AHEAD = 2 * KEYS;
 constexpr int MAX_PASS = 128;  // rows of a pass: a head of a token each
-constexpr int PAD = 8;         // rows that fill up the last of a head; they repeat its last row and are thrown away
 
 constexpr double LOG2_E = 1.4426950408889634;
 
@@ -32,9 +31,9 @@ struct QueryRow {
 };
 
 struct Pass {
-  alignas(64) float sums[(MAX_PASS + PAD) * MAX_DIM];
-  alignas(64) float weight_sums[(MAX_PASS + PAD) * LANES];  // of each lane
-  float largest[MAX_PASS + PAD + LANES];
+  alignas(64) float sums[MAX_PASS * MAX_DIM];
+  alignas(64) float weight_sums[MAX_PASS * LANES];  // of each lane
+  float largest[MAX_PASS + LANES];
   alignas(64) uint8_t keys[2][MAX_DIM * LANES * 4];  // lanes gathered from blocks that are not multiples of 16 long
   alignas(64) float values[KEYS * MAX_DIM];          // values of a tile as fp32, or
   alignas(64) int8_t bytes[KEYS * MAX_DIM];          // as int8: [64 channels][4 positions][channel][position]

@@ -153,10 +153,6 @@ inline void packed_tile(const Packed& w, int64_t block, const Quantized& a, int6
 // Blocks of rows are dealt to threads in pairs; a span of tokens whose activations fit the second-level cache meets all of a thread's
 // rows before the next one does. One or two tokens wait for memory, which gives more to four streams than to two. `tile` is called
 // with its shape (blocks, tokens) as types, a block and a token.
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
 template <class Tile>
 inline void over_tiles(int64_t tokens, int64_t rows, int64_t token_bytes, int thread, int threads, Tile tile) {
   const int64_t pairs = (rows + 31) / 32, first = pairs * thread / threads, last = pairs * (thread + 1) / threads;

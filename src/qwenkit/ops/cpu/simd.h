@@ -11,6 +11,12 @@
 // Inner loops that are functions of their own: inlined into a large one their sums no longer fit the registers.
 #define QK_NOINLINE __attribute__((noinline)) inline
 
+// A number that is known when a lambda's body is compiled: it is the argument's type.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 
 struct F16 { __m512 v; };
