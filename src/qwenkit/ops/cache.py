@@ -47,7 +47,8 @@ class KeyBias:
 class KVCache:
     """keys (blocks, K, D / pack, block_size, elements in 4 bytes), values (blocks, K, block_size, D) in `dtype`.
 
-    int8: key_scale and value_scale (blocks, K, block_size) bf16, value = scale * q, keys plus INT8_OFFSET. int4: values
+    int8: values (blocks, K, block_size / 4, D, 4), four positions side by side; key_scale and value_scale (blocks, K, block_size)
+    bf16, value = scale * q, keys plus INT8_OFFSET. int4: values
     (blocks, K, block_size, D / 2) bytes, channel d low and d + D / 2 high; of keys the channels 8 i .. 8 i + 3 low and the next
     four high; scales (blocks, K, block_size, 2) bf16, value = scale * q + offset with q from 0 to 15.
     """
@@ -82,7 +83,9 @@ class KVCache:
             )
         elements = torch.uint8 if dtype in QUANTIZED else dtype
         keys = (blocks, heads, dim // pack, block_size, max(1, 4 // elements.itemsize))
-        row = dim // 2 if dtype == INT4 else dim
+        values: tuple[int, ...] = (blocks, heads, block_size, dim // 2 if dtype == INT4 else dim)
+        if dtype == torch.int8:
+            values = (blocks, heads, -(-block_size // 4), dim, 4)
         key_scale = value_scale = None
         if dtype in QUANTIZED:
             scales = (blocks, heads, block_size, 2) if dtype == INT4 else (blocks, heads, block_size)
@@ -90,9 +93,7 @@ class KVCache:
         return cls(
             dtype,
             torch.empty(keys, dtype=elements, device=device),
-            torch.empty(
-                blocks, heads, block_size, row, dtype=torch.int8 if dtype == torch.int8 else elements, device=device
-            ),
+            torch.empty(values, dtype=torch.int8 if dtype == torch.int8 else elements, device=device),
             key_scale,
             value_scale,
             key_bias,
@@ -147,7 +148,10 @@ class KVCache:
             v = low + 16 * high
         lanes = k.unflatten(-1, (-1, self.keys.shape[4]))
         self.keys[block, :, :, inside] = lanes.to(self.keys.dtype)
-        self.values[block, :, inside] = v.to(self.values.dtype)
+        if self.dtype == torch.int8:
+            self.values[block, :, inside // 4, :, inside % 4] = v.to(torch.int8)
+        else:
+            self.values[block, :, inside] = v.to(self.values.dtype)
 
     def read(
         self, blocks: torch.Tensor, length: int, dtype: torch.dtype, first_place: int = 0
@@ -157,7 +161,10 @@ class KVCache:
         `first_place` is the KeyBias place of position 0.
         """
         keys = self.keys[blocks].permute(0, 3, 1, 2, 4).flatten(0, 1)[:length]  # (length, K, D / pack, 4 bytes)
-        values = self.values[blocks].transpose(1, 2).flatten(0, 1)[:length]
+        values = self.values[blocks]
+        if self.dtype == torch.int8:
+            values = values.transpose(-1, -2).flatten(2, 3)[:, :, : self.block_size]
+        values = values.transpose(1, 2).flatten(0, 1)[:length]
         if self.key_scale is None or self.value_scale is None:
             return keys.flatten(2).to(dtype), values.to(dtype)
         key_scale, value_scale = (

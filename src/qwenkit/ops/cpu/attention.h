@@ -31,16 +31,11 @@ inline void fold(float* total, const float* part, int64_t dim) {
   total[dim + LANES] = now;
 }
 
-// A row's sums divided by the sum of its weights, as the result; those of bytes in the order of channels.
-inline void write_row(const float* total, int64_t dim, bool bytes, float* to) {
+// A row's sums divided by the sum of its weights, as the result.
+inline void write_row(const float* total, int64_t dim, float* to) {
   const F16 inverse = f_set1(1.0f / f_sum(f_load(total + dim)));
   int64_t d = 0;
-  for (; d + LANES <= dim; d += LANES) {
-    alignas(64) float values[LANES];
-    f_store(bytes ? values : to + d, f_mul(f_load(total + d), inverse));
-    if (bytes)
-      for (int part = 0; part < 4; part++) memcpy(to + d / 64 * 64 + part * 16 + d % 64 / 16 * 4, values + part * 4, 4 * sizeof(float));
-  }
+  for (; d + LANES <= dim; d += LANES) f_store(to + d, f_mul(f_load(total + d), inverse));
   for (; d < dim; d++) to[d] = total[d] * f_first(inverse);
 }
 
@@ -103,7 +98,6 @@ inline void attend_part(const Heads& h, const Cache& cache, const Item& item, in
   memset(pass.weight_sums, 0, all * LANES * sizeof(float));
   memset(pass.sums, 0, all * h.dim * sizeof(float));
   Tile tile;
-  tile.byte_step = 0;
   const int64_t from = std::max(part * PART_KEYS, item.start(h) / KEYS * KEYS), end = std::min((part + 1) * PART_KEYS, last + 1);
   for (int64_t start = from; start < end; start += KEYS)
     for (int head = 0; head < item.kv_heads; head++) {
@@ -142,7 +136,7 @@ inline void attend_item(const Heads& h, const Cache& cache, const Item& item) {
       if (part > first) fold(pass.totals + row * stride, pass.row, dim);
     });
   }
-  each_row(h, item, [&](int row, float* out) { write_row(pass.totals + row * stride, dim, multiplies_bytes<PACK>(dim), out); });
+  each_row(h, item, [&](int row, float* out) { write_row(pass.totals + row * stride, dim, out); });
 }
 
 // Memory in which threads that share an item meet: `slots` with an accumulator for each row of a part, and a counter for each item, 0
@@ -167,7 +161,7 @@ inline void attend_shared(const Heads& h, const Cache& cache, const Item& item, 
   if (__atomic_add_fetch(counter, (int32_t)(end - begin), __ATOMIC_ACQ_REL) < parts) return;
   each_row(h, item, [&](int row, float* out) {
     for (int64_t part = 1; part < parts; part++) fold(slots + row * stride, slots + (part * rows + row) * stride, dim);
-    write_row(slots + row * stride, dim, multiplies_bytes<PACK>(dim), out);
+    write_row(slots + row * stride, dim, out);
   });
   __atomic_store_n(counter, 0, __ATOMIC_RELEASE);
 }

@@ -184,33 +184,45 @@ struct ByteWeights {
   alignas(64) uint8_t of[KEYS];
 };
 
-// For R rows: what they have so far times its correction, plus the weighted int8 values times `scales`. Channels of a chunk of 64 lie
-// in the order in which interleaving left them; `write_row` undoes it.
-template <int R>
+// For R rows: what they have so far times its correction, plus the weighted int8 values times `scales`, V vectors of 16 at a time.
+template <int R, int V>
 QK_NOINLINE void add_bytes(float* const* rows, const float* corrections, const float* scales, const ByteWeights* weights, const Tile& tile,
-                      int64_t dim) {
-  for (int64_t at = 0; at < dim; at += 32) {  // half a chunk: two vectors
-    const int8_t* values = tile.bytes + at / 64 * 64 * KEYS + at % 64 * 4;
-    I16 sums[R][2];
+                           int64_t dim, int64_t d) {
+  I16 sums[R][V];
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
     QK_UNROLL
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = i_set1(0);
-    for (int j = 0; j < KEYS; j += 4, values += 256) {
-      prefetch_values(tile, at / 4 + j / 4);
-      const I16 v0 = i_load(values), v1 = i_load(values + 64);
-      QK_UNROLL
-      for (int r = 0; r < R; r++) {
-        const I16 four = i_broadcast(weights[r].of + j);
-        sums[r][0] = i_dot(sums[r][0], four, v0);
-        sums[r][1] = i_dot(sums[r][1], four, v1);
-      }
-    }
-    QK_UNROLL
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < 2; v++) {
-        float* sum = rows[r] + at + v * LANES;
-        f_store(sum, f_fma(f_of_i(sums[r][v]), f_set1(scales[r]), f_mul(f_load(sum), f_set1(corrections[r]))));
-      }
+    for (int v = 0; v < V; v++) sums[r][v] = i_set1(0);
   }
+  for (int j = 0; j < KEYS; j += 4) {
+    const int8_t* values = tile.bytes[j / LANES] + (j % LANES * dim + 4 * d);
+    prefetch_values(tile, d / 4 + j / 4);
+    I16 value[V];
+    QK_UNROLL
+    for (int v = 0; v < V; v++) value[v] = i_load(values + v * 64);
+    QK_UNROLL
+    for (int r = 0; r < R; r++) {
+      const I16 four = i_broadcast(weights[r].of + j);
+      QK_UNROLL
+      for (int v = 0; v < V; v++) sums[r][v] = i_dot(sums[r][v], four, value[v]);
+    }
+  }
+  QK_UNROLL
+  for (int r = 0; r < R; r++) {
+    QK_UNROLL
+    for (int v = 0; v < V; v++) {
+      float* sum = rows[r] + d + v * LANES;
+      f_store(sum, f_fma(f_of_i(sums[r][v]), f_set1(scales[r]), f_mul(f_load(sum), f_set1(corrections[r]))));
+    }
+  }
+}
+
+template <int R>
+inline void add_all_bytes(float* const* rows, const float* corrections, const float* scales, const ByteWeights* weights, const Tile& tile,
+                          int64_t dim) {
+  int64_t d = 0;
+  for (; d + 32 <= dim; d += 32) add_bytes<R, 2>(rows, corrections, scales, weights, tile, dim, d);
+  for (; d < dim; d += 16) add_bytes<R, 1>(rows, corrections, scales, weights, tile, dim, d);
 }
 
 // Calls does(count, r) for R rows in fours, and last for those that are left: more sums than four rows have do not fit the registers.
@@ -227,7 +239,7 @@ inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const T
   int row_of[R];
   float* sums[R];
   alignas(64) float scores[R][KEYS];
-  ByteWeights steps[R];
+  ByteWeights byte_weights[R];
   const bool bytes = multiplies_bytes<PACK>(dim);
   for (int r = 0; r < R; r++) {
     row_of[r] = first + r;
@@ -263,30 +275,29 @@ inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const T
   f_store(highest, comes);
   QK_UNROLL
   for (int r = 0; r < R; r++) {
-    const F16 peak = f_set1(highest[r]);
-    F16 weight0 = f_exp2(f_sub(f_load(scores[r]), peak)), weight1 = f_exp2(f_sub(f_load(scores[r] + LANES), peak));
-    if (edge[r]) {  // e^-inf is not quite 0 here
-      const F16 hidden = f_set1(-FLT_MAX);
-      weight0 = f_if(f_load(scores[r]), hidden, weight0), weight1 = f_if(f_load(scores[r] + LANES), hidden, weight1);
-    }
+    const F16 peak = f_set1(highest[r]), hidden = f_set1(-FLT_MAX), score0 = f_load(scores[r]), score1 = f_load(scores[r] + LANES);
+    F16 weight0 = f_exp2(f_sub(score0, peak)), weight1 = f_exp2(f_sub(score1, peak));
+    if (edge[r]) weight0 = f_if(score0, hidden, weight0), weight1 = f_if(score1, hidden, weight1);  // 2^-inf is not quite 0 here
     float* sum = pass.weight_sums + (first + r) * LANES;
     f_store(sum, f_fma(f_load(sum), f_set1(corrections[r]), f_mul(f_add(weight0, weight1), f_set1(scales[r]))));
-    if (PACK == CACHE_INT8) {
-      weight0 = f_mul(weight0, f_load(tile.value_scale));
-      weight1 = f_mul(weight1, f_load(tile.value_scale + LANES));
-    }
     if (bytes) {
-      i_store_u8(steps[r].of, i_of_f(weight0));
-      i_store_u8(steps[r].of + LANES, i_of_f(weight1));
-      scales[r] *= tile.byte_step;
+      ByteSteps steps = tile.steps;
+      if (edge[r]) steps = byte_steps(f_if(score0, hidden, f_load(tile.value_scale)), f_if(score1, hidden, f_load(tile.value_scale + LANES)));
+      i_store_u8(byte_weights[r].of, i_of_f(f_mul(weight0, steps.of[0])));
+      i_store_u8(byte_weights[r].of + LANES, i_of_f(f_mul(weight1, steps.of[1])));
+      scales[r] *= steps.step;
     } else {
+      if (PACK == CACHE_INT8) {
+        weight0 = f_mul(weight0, f_load(tile.value_scale));
+        weight1 = f_mul(weight1, f_load(tile.value_scale + LANES));
+      }
       f_store(scores[r], f_mul(weight0, f_set1(scales[r])));
       f_store(scores[r] + LANES, f_mul(weight1, f_set1(scales[r])));
     }
   }
   for (int r = 0; r < R; r++) pass.largest[first + r] = pass.largest[first + r] > highest[r] ? pass.largest[first + r] : highest[r];
   by_fours<R>([&](auto count, int r) {
-    if (bytes) add_bytes<count.value>(sums + r, corrections + r, scales + r, steps + r, tile, dim);
+    if (bytes) add_all_bytes<count.value>(sums + r, corrections + r, scales + r, byte_weights + r, tile, dim);
     else add_all_values<count.value>(sums + r, corrections + r, scores + r, tile, dim);
   });
 }

@@ -35,8 +35,8 @@ struct Pass {
   alignas(64) float weight_sums[MAX_PASS * LANES];  // of each lane
   float largest[MAX_PASS + LANES];
   alignas(64) uint8_t keys[2][MAX_DIM * LANES * 4];  // lanes gathered from blocks that are not multiples of 16 long
-  alignas(64) float values[KEYS * MAX_DIM];          // values of a tile as fp32, or
-  alignas(64) int8_t bytes[KEYS * MAX_DIM];          // as int8: [64 channels][4 positions][channel][position]
+  alignas(64) float values[KEYS * MAX_DIM];          // values of a tile as fp32, or as int8 gathered from such blocks
+  alignas(64) int8_t bytes[2][LANES * MAX_DIM];
   const float* query_of[MAX_PASS];
   int token_of[MAX_PASS];
   QueryRow query_rows[MAX_PASS];
@@ -47,6 +47,19 @@ struct Pass {
   float totals[MAX_PASS * (MAX_DIM + 2 * LANES)], row[MAX_DIM + 2 * LANES];  // accumulators, see store_row
 };
 
+// Weights of int8 values as bytes: what a weight of 1 is at each position in steps, and what a step is. 255 steps are a weight of 1 for
+// the largest scale among those that a row sees, so that what others see changes nothing.
+struct ByteSteps {
+  F16 of[2];
+  float step;
+};
+
+inline ByteSteps byte_steps(F16 scale0, F16 scale1) {
+  const float largest = f_hmax(f_max(scale0, scale1));
+  const F16 steps = f_set1(largest > 0 ? 255.0f / largest : 0);
+  return {{f_mul(scale0, steps), f_mul(scale1, steps)}, largest / 255.0f + 0.0f * f_sum(f_add(scale0, scale1))};  // NaN if a scale is
+}
+
 // What a tile of 32 positions reads, in two halves of 16: keys[half] has a vector of 16 lanes every `stride` bytes, values[half] the
 // rows of these positions one after the other; scales are those of the lanes.
 struct Tile {
@@ -56,15 +69,15 @@ struct Tile {
   int64_t stride;
   alignas(64) float key_scale[KEYS], value_scale[KEYS];  // of int8
   alignas(64) uint16_t key_pairs[2 * KEYS];              // of int4: scale, offset
-  const int8_t* bytes;  // int8 values, where `multiplies_bytes`. Their weights become whole steps, of which 255 are a weight of 1 for the
-  float byte_step;      // largest value scale; value_scale is then in steps
+  const int8_t* bytes[2];  // int8 values of both halves, [4][dim][4], where `multiplies_bytes`, and their weights for who sees them all
+  ByteSteps steps;
   const float *cos[2], *sin[2];  // of the first angle at the positions of each half, with a key bias
 };
 
 // int8 values are multiplied as they are, by weights of 8 bits; other shapes of them go through fp32.
 template <int PACK>
 inline bool multiplies_bytes(int64_t dim) {
-  return PACK == CACHE_INT8 && dim % 64 == 0;
+  return PACK == CACHE_INT8 && dim % LANES == 0;
 }
 
 template <int PACK>
@@ -107,42 +120,27 @@ inline void turn_query(const Pass& pass, const float* query, const float* b, int
   }
 }
 
-// 16 rows of int8 values as a half of a tile: the bytes of 4 positions side by side for each channel.
-inline void interleave(const int8_t* rows, int64_t dim, int half, int8_t* out) {
-  for (int64_t d = 0; d < dim; d += 64)
-    for (int j = 0; j < LANES; j += 4) {
-      I16 four[4];
-      for (int i = 0; i < 4; i++) four[i] = i_load(rows + (j + i) * dim + d);
-      i_interleave4(four);
-      for (int i = 0; i < 4; i++) i_store(out + d * KEYS + (half * LANES + j) / 4 * 256 + i * 64, four[i]);
-    }
-}
-
-// Finds the positions start .. start + 31 of a request. Those beyond `last` are hidden from every row by the caller; their values and
-// scales become 0 here, because memory that was never written may hold NaN, and 0 times NaN is NaN.
+// Finds the positions start .. start + 31 of a request. Those beyond `last` are hidden from every row by the caller; their values (but
+// for bytes) and scales become 0 here, because memory that was never written may hold NaN, and 0 times NaN is NaN.
 template <int PACK>
 inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head, int64_t start, int64_t last, Pass& pass, Tile& tile) {
   const int64_t size = cache.block_size, dim = cache.dim;
   const bool whole = size % LANES == 0;  // a half lies in one block
   tile.stride = whole ? size * 4 : LANES * 4;
-  tile.bytes = pass.bytes;
   const bool bytes = multiplies_bytes<PACK>(dim);
   for (int half = 0; half < 2; half++) {
     const int64_t from = start + half * LANES;
     const int count = from > last ? 0 : from + LANES - 1 <= last ? LANES : (int)(last - from + 1);
     float* values = pass.values + half * LANES * dim;
     tile.values[half] = values;
-    alignas(64) int8_t gathered[LANES * MAX_DIM];  // byte rows that do not lie one after the other
-    const int8_t* byte_rows = gathered;
     if (count < LANES) {
-      if (bytes) memset(gathered + count * dim, 0, (LANES - count) * dim);
-      else memset(values + count * dim, 0, (LANES - count) * dim * sizeof(float));
+      if (!bytes) memset(values + count * dim, 0, (LANES - count) * dim * sizeof(float));
       memset(tile.key_scale + half * LANES, 0, LANES * sizeof(float));
       memset(tile.value_scale + half * LANES, 0, LANES * sizeof(float));
       memset(tile.key_pairs + half * 2 * LANES, 0, LANES * 4);
       if (count == 0) {
         tile.keys[half] = tile.keys[0];
-        if (bytes) interleave(gathered, dim, half, pass.bytes);
+        tile.bytes[half] = tile.bytes[0];
         continue;
       }
     }
@@ -151,29 +149,34 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
       const int64_t at = cache.scale_of(block, kv_head, inside);
       const uint8_t* rows = cache.value_row(block, kv_head, inside);
       tile.keys[half] = cache.key_lane(block, kv_head, inside);
-      if (bytes && count == LANES) byte_rows = (const int8_t*)rows;
-      else if (bytes) memcpy(gathered, rows, count * dim);
-      else if (PACK == CACHE_INT4)
+      tile.bytes[half] = (const int8_t*)rows;
+      if (PACK == CACHE_FP32 && count == LANES) tile.values[half] = (const float*)rows;
+      if (PACK == CACHE_FP32 && count < LANES) memcpy(values, rows, count * dim * sizeof(float));
+      if (PACK == CACHE_BF16) widen((const uint16_t*)rows, values, count * dim);
+      if (PACK == CACHE_INT4) {
         for (int j = 0; j < count; j++) widen_nibbles(rows + j * dim / 2, cache.value_scale + at + 2 * j, values + j * dim, dim);
-      else if (PACK != CACHE_FP32) widen<PACK>(rows, values, count * dim);
-      else if (count < LANES) memcpy(values, rows, count * dim * sizeof(float));
-      else tile.values[half] = (const float*)rows;
-      if (PACK == CACHE_INT4) memcpy(tile.key_pairs + half * 2 * LANES, cache.key_scale + at, count * 4);
+        memcpy(tile.key_pairs + half * 2 * LANES, cache.key_scale + at, count * 4);
+      }
       if (PACK == CACHE_INT8) {
-        widen<CACHE_BF16>((const uint8_t*)(cache.key_scale + at), tile.key_scale + half * LANES, count);
-        widen<CACHE_BF16>((const uint8_t*)(cache.value_scale + at), tile.value_scale + half * LANES, count);
+        for (int64_t i = 0; !bytes && i < count * dim; i++) values[i] = (int8_t)rows[i / dim / 4 * dim * 4 + i % dim * 4 + i / dim % 4];
+        widen(cache.key_scale + at, tile.key_scale + half * LANES, count);
+        widen(cache.value_scale + at, tile.value_scale + half * LANES, count);
       }
     } else {
       tile.keys[half] = pass.keys[half];
+      tile.bytes[half] = pass.bytes[half];
       for (int j = 0; j < count; j++) {
         const auto [block, inside] = cache.place_of(table, from + j);
         const int64_t at = cache.scale_of(block, kv_head, inside);
         const uint8_t *lane = cache.key_lane(block, kv_head, inside), *row = cache.value_row(block, kv_head, inside);
         for (int64_t d = 0; d < dim / PACK; d++) memcpy(pass.keys[half] + (d * LANES + j) * 4, lane + d * size * 4, 4);
-        if (bytes) memcpy(gathered + j * dim, row, dim);
-        else if (PACK == CACHE_FP32) memcpy(values + j * dim, row, dim * sizeof(float));
-        else if (PACK == CACHE_INT4) widen_nibbles(row, cache.value_scale + at, values + j * dim, dim);
-        else widen<PACK>(row, values + j * dim, dim);
+        if (PACK == CACHE_FP32) memcpy(values + j * dim, row, dim * sizeof(float));
+        if (PACK == CACHE_BF16) widen((const uint16_t*)row, values + j * dim, dim);
+        if (PACK == CACHE_INT4) widen_nibbles(row, cache.value_scale + at, values + j * dim, dim);
+        for (int64_t d = 0; PACK == CACHE_INT8 && d < dim; d++) {
+          if (bytes) pass.bytes[half][(j / 4 * dim + d) * 4 + j % 4] = (int8_t)row[4 * d];
+          else values[j * dim + d] = (int8_t)row[4 * d];
+        }
         if (PACK == CACHE_INT4) memcpy(tile.key_pairs + (half * LANES + j) * 2, cache.key_scale + at, 4);
         if (PACK == CACHE_INT8) {
           tile.key_scale[half * LANES + j] = f_of_bf16(cache.key_scale[at]);
@@ -181,16 +184,8 @@ inline void open_tile(const Cache& cache, const int32_t* table, int64_t kv_head,
         }
       }
     }
-    if (bytes) interleave(byte_rows, dim, half, pass.bytes);
   }
-  if (bytes) {  // 0 times the sum: NaN if one of them is
-    const F16 scale0 = f_load(tile.value_scale), scale1 = f_load(tile.value_scale + LANES);
-    const float largest = f_hmax(f_max(scale0, scale1));
-    const F16 steps = f_set1(largest > 0 ? 255.0f / largest : 0);
-    f_store(tile.value_scale, f_mul(scale0, steps));
-    f_store(tile.value_scale + LANES, f_mul(scale1, steps));
-    tile.byte_step = largest / 255.0f + 0.0f * f_sum(f_add(scale0, scale1));
-  }
+  if (bytes) tile.steps = byte_steps(f_load(tile.value_scale), f_load(tile.value_scale + LANES));
 }
 
 // Tells a tile where the keys and values lie that follow KEYS_AHEAD later, or others where there are none. They are asked for line by

@@ -2,8 +2,9 @@
 //
 // Layout of a cache. Keys of one block and head: [head_dim / pack][block_size][4 bytes], pack channels in 4 bytes: 1 (fp32), 2 (bf16),
 // 4 (int8) or 8 (int4), so that 16 positions are the lanes of a vector whatever the type, and a query's channels are broadcast to
-// them. Values: [block_size][head_dim]. int8 keys are stored plus 128 (the instruction multiplies unsigned by signed bytes), int8
-// values as they are; both have a bf16 scale for each token and head, [block_size]. int4 numbers are 0 to 15; of 4 bytes of keys the
+// them. Values: [block_size][head_dim], but of int8 [block_size / 4][head_dim][4]: four positions are multiplied with four weights at a
+// time. int8 keys are stored plus 128 (the instruction multiplies unsigned by signed bytes), int8 values as they are; both have a bf16
+// scale for each token and head, [block_size]. int4 numbers are 0 to 15; of 4 bytes of keys the
 // low halves are the first four channels and the high ones the next, of a row of values the low halves are its first half. In the
 // place of the scale are two: what a number is multiplied with, and what is then added.
 #pragma once
@@ -43,7 +44,9 @@ struct Cache {
     return (head_of(block, head) * block_size + inside) * (pack == CACHE_INT4 ? 2 : 1);
   }
   uint8_t* key_lane(int64_t block, int64_t head, int64_t inside) const { return keys + head_of(block, head) * head_bytes() + inside * 4; }
+  // Where the values of one position begin; the next channel's of int8 is 4 bytes further.
   uint8_t* value_row(int64_t block, int64_t head, int64_t inside) const {
+    if (pack == CACHE_INT8) return values + (head_of(block, head) * ((block_size + 3) / 4) + inside / 4) * dim * 4 + inside % 4;
     return values + head_of(block, head) * head_bytes() + inside * dim * 4 / pack;
   }
 };
@@ -55,13 +58,11 @@ inline float f_of_bf16(uint16_t x) {
   return f;
 }
 
-// `count` values of a cache as fp32.
-template <int PACK>
-inline void widen(const uint8_t* from, float* to, int64_t count) {
+// `count` bf16 as fp32.
+inline void widen(const uint16_t* from, float* to, int64_t count) {
   int64_t d = 0;
-  for (; d + LANES <= count; d += LANES)
-    f_store(to + d, PACK == CACHE_INT8 ? f_of_i8((const int8_t*)from + d) : f_bf16((const uint16_t*)from + d));
-  for (; d < count; d++) to[d] = PACK == CACHE_INT8 ? ((const int8_t*)from)[d] : f_of_bf16(((const uint16_t*)from)[d]);
+  for (; d + LANES <= count; d += LANES) f_store(to + d, f_bf16(from + d));
+  for (; d < count; d++) to[d] = f_of_bf16(from[d]);
 }
 
 inline uint16_t bf16_of(float x) {  // to nearest, ties to even
@@ -183,7 +184,8 @@ void write_cache(const Op& op, int thread, int threads) {
                                  (uint8_t)(bytes[d + 3] + 128)};
         memcpy(lane + d * size, four, 4);
       }
-      cache.value_scale[at] = bytes_of(v, dim, (int8_t*)row);
+      cache.value_scale[at] = bytes_of(v, dim, bytes);
+      for (int64_t d = 0; d < dim; d++) row[4 * d] = (uint8_t)bytes[d];
     }
   }
 }

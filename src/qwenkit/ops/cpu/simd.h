@@ -64,14 +64,6 @@ static inline I16 i_broadcast(const void* p) {  // four bytes to every lane
 static inline void i_store_i8(int8_t* p, I16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a.v)); }
 static inline void i_store_u8(uint8_t* p, I16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }  // the lowest byte of each
 static inline void i_store(void* p, I16 a) { _mm512_storeu_si512(p, a.v); }
-// Bytes of four vectors side by side, within each 128 bits: afterwards x[v] holds in its part L the bytes 16 L + 4 v + 0..3, each as
-// the four of all vectors.
-static inline void i_interleave4(I16* x) {
-  const __m512i a = _mm512_unpacklo_epi8(x[0].v, x[1].v), b = _mm512_unpackhi_epi8(x[0].v, x[1].v);
-  const __m512i c = _mm512_unpacklo_epi8(x[2].v, x[3].v), d = _mm512_unpackhi_epi8(x[2].v, x[3].v);
-  x[0].v = _mm512_unpacklo_epi16(a, c), x[1].v = _mm512_unpackhi_epi16(a, c);
-  x[2].v = _mm512_unpacklo_epi16(b, d), x[3].v = _mm512_unpackhi_epi16(b, d);
-}
 static inline I16 i_add(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 static inline int32_t i_sum(I16 a) { return _mm512_reduce_add_epi32(a.v); }
 static inline I16 i_low_nibbles(I16 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
@@ -171,16 +163,6 @@ static inline void i_store_u8(uint8_t* p, I16 x) {
   _mm_storeu_si128((__m128i*)p, _mm_unpacklo_epi64(i_low_bytes8(x.a), i_low_bytes8(x.b)));
 }
 static inline void i_store(void* p, I16 x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)p + 1, x.b); }
-static inline void i_interleave4x8(__m256i& x0, __m256i& x1, __m256i& x2, __m256i& x3) {
-  const __m256i a = _mm256_unpacklo_epi8(x0, x1), b = _mm256_unpackhi_epi8(x0, x1);
-  const __m256i c = _mm256_unpacklo_epi8(x2, x3), d = _mm256_unpackhi_epi8(x2, x3);
-  x0 = _mm256_unpacklo_epi16(a, c), x1 = _mm256_unpackhi_epi16(a, c);
-  x2 = _mm256_unpacklo_epi16(b, d), x3 = _mm256_unpackhi_epi16(b, d);
-}
-static inline void i_interleave4(I16* x) {
-  i_interleave4x8(x[0].a, x[1].a, x[2].a, x[3].a);
-  i_interleave4x8(x[0].b, x[1].b, x[2].b, x[3].b);
-}
 static inline I16 i_add(I16 x, I16 y) { return QK_TWICE(_mm256_add_epi32); }
 static inline int32_t i_sum(I16 x) {
   __m256i t = _mm256_add_epi32(x.a, x.b);
