@@ -167,12 +167,13 @@ inline void attend_shared(const Heads& h, const Cache& cache, const Item& item, 
 }
 
 // The items of a step: calls whole(item) or, where a request that decodes has several parts and there are slots for them, shared(item,
-// parts, slot, place among those that are shared). `together` key heads of a token that decodes are one item. Returns the slots taken.
+// parts, slot, place among those that are shared, keys of those before it). `together` key heads of a token that decodes are one item.
+// Returns the keys of all that are shared, once for each of their key heads.
 template <class Whole, class Shared>
 inline int64_t deal(const Op& op, const Heads& h, const KeyBias* bias, int64_t num_slots, int together, Whole whole, Shared shared) {
   const int64_t *starts = (const int64_t*)op.p[7], *lengths = (const int64_t*)op.p[8];
   const int64_t group = h.group(), step = std::min<int64_t>(MAX_PASS / group, QUERIES);
-  int64_t slot = 0, place = 0;
+  int64_t slot = 0, place = 0, keys = 0;
   for (int64_t row = 0; row < op.n[0]; row++) {
     const int64_t tokens = starts[row + 1] - starts[row], history = lengths[row] - tokens;
     const int64_t first_place = bias ? bias->places[starts[row]] - history : 0;
@@ -183,16 +184,17 @@ inline int64_t deal(const Op& op, const Heads& h, const KeyBias* bias, int64_t n
         const Item item = {(const float*)op.p[1] + at, (float*)op.p[0] + at, (const int32_t*)op.p[6] + row * h.max_blocks, kv_head,
                            (int)std::min<int64_t>(heads, h.kv_heads - kv_head), history + from, (int)std::min(step, tokens - from), bias,
                            first_place};
-        const int64_t parts = item.last() / PART_KEYS + 1 - item.start(h) / PART_KEYS, slots = parts * item.kv_heads;
+        const int64_t first = item.start(h) / PART_KEYS, parts = item.last() / PART_KEYS + 1 - first, slots = parts * item.kv_heads;
         if (item.tokens > 1 || parts == 1 || slot + slots > num_slots) {
           whole(item);
         } else {
-          shared(item, parts, slot, place++);
+          shared(item, parts, slot, place++, keys);
           slot += slots;
+          keys += (item.last() + 1 - first * PART_KEYS) * item.kv_heads;
         }
       }
   }
-  return slot;
+  return keys;
 }
 
 // All key heads of a position lie side by side in memory, which is read fastest in that order: they are one item, unless that would
@@ -205,24 +207,26 @@ inline int heads_together(const Op& op, const Heads& h, int threads) {
   return parts < 4 * threads ? 1 : (int)std::min<int64_t>(h.kv_heads, MAX_PASS / h.group());
 }
 
-// Whole items go round the threads. The parts of shared ones are cut into one range for each thread, so that it reads its keys in order.
+// Whole items go round the threads. The keys of shared ones are cut into one range for each thread, as even as parts allow, so that it
+// reads its keys in order.
 template <int PACK>
 inline void attend_all(const Op& op, const Heads& h, const Cache& cache, const Meeting& meeting, int thread, int threads) {
   const KeyBias* bias = PACK >= CACHE_INT8 ? (const KeyBias*)op.p[9] : nullptr;
   const int64_t slot_floats = h.group() * (h.dim + ACCUMULATOR);
   const int together = heads_together(op, h, threads);
-  const int64_t slots = deal(op, h, bias, meeting.num_slots, together, [](const Item&) {}, [](const Item&, int64_t, int64_t, int64_t) {});
-  const int64_t from = slots * thread / threads, to = slots * (thread + 1) / threads;
+  const int64_t keys = deal(op, h, bias, meeting.num_slots, together, [](const Item&) {}, [](const Item&, int64_t, int64_t, int64_t, int64_t) {});
   int64_t turn = 0;
   deal(
       op, h, bias, meeting.num_slots, together,
       [&](const Item& item) {
         if (turn++ % threads == thread) attend_item<PACK>(h, cache, item);
       },
-      [&](const Item& item, int64_t parts, int64_t slot, int64_t place) {
-        const int64_t heads = item.kv_heads;  // a part begins in the range in which its first slot lies
-        const int64_t begin = std::max<int64_t>(0, from - slot + heads - 1) / heads;
-        const int64_t end = std::min(parts, std::max<int64_t>(0, to - slot + heads - 1) / heads);
+      [&](const Item& item, int64_t parts, int64_t slot, int64_t place, int64_t before) {
+        const auto cut = [&](int64_t at) {  // the part of this item at which the range of thread `at` begins
+          const int64_t part = PART_KEYS * item.kv_heads, nearest = (keys * at / threads - before + part / 2) / part;
+          return at == threads ? parts : std::max<int64_t>(0, std::min(parts, nearest));
+        };
+        const int64_t begin = cut(thread), end = cut(thread + 1);
         if (begin < end) attend_shared<PACK>(h, cache, item, begin, end, parts, meeting.slots + slot * slot_floats, meeting.counters + place);
       });
 }
