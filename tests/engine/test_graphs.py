@@ -167,8 +167,8 @@ def test_llm_packs_by_itself(instruction_set: str, tmp_path: Path, monkeypatch: 
 
 
 def test_answering_imports_neither_compiler_nor_hub(tmp_path: Path) -> None:
-    """Torch's compiler takes seconds to import and tens of megabytes, and nothing here compiles; the hubs' clients take 0.2 s, and
-    the model is on this disk.
+    """Torch's compiler takes seconds to import and tens of megabytes, and nothing here compiles; the hubs' clients take 0.2 s,
+    and the model is on this disk.
     """
     write_model(tmp_path, "qwen3", **SIZES)
     code = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwenkit.engine.config import EngineConfig, parse_bytes
-from qwenkit.engine.memory import choose_device, choose_dtype, plan_cache
+from qwenkit.engine.memory import choose_cache_dtype, choose_device, choose_dtype, plan_cache
 from qwenkit.engine.runner import Runner, kv_bytes_per_token
 from qwenkit.model.qwen import Qwen
 from tests.tiny_models import tiny_pair
@@ -84,6 +84,14 @@ def test_devices() -> None:
     for name in ("tpu", "meta", "cuda:99"):
         with pytest.raises(ValueError, match=f"device is '{name}'"):
             choose_device(name)
+
+
+def test_cache_dtypes() -> None:
+    """What rounds weights at load rounds keys and values too, unless the user says otherwise."""
+    auto = EngineConfig()
+    kinds = {weights: choose_cache_dtype(auto, weights, torch.float32) for weights in ("float", "bf16", "int8", "int4")}
+    assert kinds == {"float": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.int8}
+    assert choose_cache_dtype(EngineConfig(kv_cache_dtype="bfloat16"), "int4", torch.float32) == torch.bfloat16
 
 
 def test_dtypes() -> None:

@@ -27,7 +27,10 @@ class EngineConfig:
         None, "longest prompt plus answer, in tokens (default: what model and memory allow)"
     )
     kv_memory: str | None = option(None, "memory for keys and values, such as 2GiB (default: a share of what is free)")
-    kv_cache_dtype: str = option("auto", "keys and values in memory: auto, float32, bfloat16, float16, int8 or int4")
+    kv_cache_dtype: str = option(
+        "auto",
+        "keys and values in memory: auto (int8 with --weights int8 or int4), float32, bfloat16, float16, int8 or int4",
+    )
     max_num_seqs: int = option(64, "how many requests run at the same time")
     max_batch_tokens: int = option(
         512, "most tokens in one step; longer prompts are read in chunks (more need more memory; GPUs like 2048)"

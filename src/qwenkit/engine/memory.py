@@ -62,12 +62,14 @@ def choose_weights(engine: EngineConfig, device: torch.device) -> str:
 
 
 def choose_cache_dtype(engine: EngineConfig, weights: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of EngineConfig.kv_cache_dtype. auto is that of the arithmetic, or bfloat16 where weights are packed: half the
-    bytes to read for each token, and a rounding well below that of the weights.
+    """The dtype of EngineConfig.kv_cache_dtype. auto is that of the arithmetic, bfloat16 where weights are packed, or int8 where
+    they are rounded to 8 or 4 bits at load: fewer bytes to read for each token, and a rounding well below that of the weights.
     """
     if engine.kv_cache_dtype != "auto":
         return getattr(torch, engine.kv_cache_dtype)
-    return dtype if weights == "float" else torch.bfloat16
+    if weights == "float":
+        return dtype
+    return torch.int8 if weights in ("int8", "int4") else torch.bfloat16
 
 
 def _cpu_has_bfloat16() -> bool:
