@@ -83,9 +83,8 @@ class Limits:
     def __init__(self, rows: int) -> None:
         integers, doubles = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.float64)
         self.tensors = (torch.zeros(rows), integers, torch.ones(rows), torch.zeros(rows), doubles)
-        self._columns = [
-            tensor.numpy() for tensor in self.tensors
-        ]  # the same memory, which is quicker to write from lists
+        # the same memory as numpy sees it, which is quicker to write from lists
+        self._columns = [tensor.numpy() for tensor in self.tensors]
         self._written: list[tuple[float, int, float, float]] = []
 
     def write(self, sequences: list[Sequence]) -> None:

@@ -240,12 +240,14 @@ void peaks(const Op& op, int thread, int threads) {
     }
 }
 
-inline int64_t draw(const float* row, int64_t size, const float* peaks, float temperature, int64_t top_k, float top_p, float min_p, double uniform) {
+inline int64_t draw(const float* row, int64_t size, const float* peaks, float temperature, int64_t top_k, float top_p, float min_p,
+                    double uniform) {
   static thread_local std::vector<Candidate> candidates;
   static thread_local std::vector<float> weights;
   const float peak = peak_of(peaks, PEAK_PARTS);
   if (!std::isfinite(peak)) return -1;
-  const int64_t start = part_start(size, first_of(peaks, PEAK_PARTS, peak)), likeliest_id = start + first_of(row + start, size - start, peak);
+  const int64_t start = part_start(size, first_of(peaks, PEAK_PARTS, peak));
+  const int64_t likeliest_id = start + first_of(row + start, size - start, peak);
   if (temperature <= 0) return likeliest_id;
   const float inverse = 1.0f / temperature;
   weights.resize(size);
@@ -310,9 +312,12 @@ inline int64_t draw(const float* row, int64_t size, const float* peaks, float te
 // takes the likeliest, top_k 0 and top_p 1 cut nothing. -1 where a row has no finite largest logit.
 void sample(const Op& op, int thread, int threads) {
   const int64_t size = op.n[1];
-  for (int64_t row = thread; row < op.n[0]; row += threads)
-    ((int64_t*)op.p[0])[row] = draw((const float*)op.p[1] + row * size, size, (const float*)op.p[7] + row * PEAK_PARTS, ((const float*)op.p[2])[row], ((const int64_t*)op.p[3])[row],
-                                    ((const float*)op.p[4])[row], ((const float*)op.p[5])[row], ((const double*)op.p[6])[row]);
+  for (int64_t row = thread; row < op.n[0]; row += threads) {
+    const float *logits = (const float*)op.p[1] + row * size, *peaks = (const float*)op.p[7] + row * PEAK_PARTS;
+    const float temperature = ((const float*)op.p[2])[row], top_p = ((const float*)op.p[4])[row], min_p = ((const float*)op.p[5])[row];
+    const int64_t top_k = ((const int64_t*)op.p[3])[row];
+    ((int64_t*)op.p[0])[row] = draw(logits, size, peaks, temperature, top_k, top_p, min_p, ((const double*)op.p[6])[row]);
+  }
 }
 
 }  // namespace
