@@ -1,4 +1,5 @@
-"""Batch: the scheduled rows as flat tensors, with a context over the paged cache. The one noun between scheduler and runner."""
+"""Batch: the scheduled rows as flat tensors, with a context over the paged cache. The one noun between scheduler and runner; what
+comes back is `Computed`."""
 
 from __future__ import annotations
 
@@ -93,6 +94,19 @@ class Batch:
             ctx=ctx,
             last_rows=torch.tensor(last_rows, dtype=torch.long, device=device),
         )
+
+
+@dataclass(frozen=True)
+class Computed:
+    """logits (N, vocab_size) fp32 of the N rows that sample, in order; they are overwritten by a later step.
+
+    A step that ran as the model's code says has hidden (T, hidden_size) of the whole stream. One that was replayed may have drawn
+    `tokens`, the rows' next, -1 where the logits gave no choice; else a row's logits are still to be changed or told of.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+    tokens: list[int] | None = None
 
 
 def _padded(tables: list[list[int]]) -> torch.Tensor:

@@ -9,7 +9,6 @@ same tensors. Whatever is not a native op cannot be replayed, so recording watch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenkit import ops
-from qwenkit.engine.batch import Paged
+from qwenkit.engine.batch import Computed, Paged
 from qwenkit.engine.sampler import Limits, is_plain
 from qwenkit.engine.scheduler import Row
 from qwenkit.model.positions import Positions
@@ -55,16 +54,6 @@ class _Watch(TorchDispatchMode):
         raise _NotRecordableError(str(func))
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """logits (N, vocab_size) fp32 of N rows, overwritten by the next step of the same size; their next tokens, -1 where the
-    logits gave no choice, or None where a row's logits are still to be changed or told of.
-    """
-
-    logits: torch.Tensor
-    tokens: list[int] | None
-
-
 class DecodeGraphs:
     """`caches` have one block more than the pool gives out: rows that fill up a batch size write there.
 
@@ -84,7 +73,7 @@ class DecodeGraphs:
             positions = Positions.of(model.config, torch.arange(length), None)
             self._angles = positions.cos.numpy(), positions.sin.numpy()
 
-    def run(self, rows: list[Row]) -> Replayed | None:
+    def run(self, rows: list[Row]) -> Computed | None:
         """What N rows compute, or None where the step has to be run the ordinary way."""
         if not self._recordable or not all(row.num_tokens == 1 and row.samples for row in rows):
             return None
@@ -144,7 +133,7 @@ class _Step:
         self._tables, self._spare, self._places = tables.numpy(), spare, places.numpy()
         self._cos, self._sin = cos.numpy(), sin.numpy()
 
-    def run(self, rows: list[Row], angles: Angles) -> Replayed:
+    def run(self, rows: list[Row], angles: Angles) -> Computed:
         count, block_size = len(rows), self._block_size
         positions = [row.sequence.num_computed for row in rows]
         for place, (row, position) in enumerate(zip(rows, positions, strict=True)):
@@ -164,7 +153,7 @@ class _Step:
         logits = self._logits if count == self._logits.shape[0] else self._logits[:count]
         if not all(map(is_plain, sequences)):
             self._replay(self._to_logits)
-            return Replayed(logits, None)
+            return Computed(logits)
         self._limits.write(sequences)
         self._replay()
-        return Replayed(logits, self._tokens[:count].tolist())
+        return Computed(logits, tokens=self._tokens[:count].tolist())

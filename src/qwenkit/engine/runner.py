@@ -6,13 +6,11 @@ row that uses an adapter, is run as the model's code says.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from qwenkit import ops
 from qwenkit.engine.adapters import Adapters
-from qwenkit.engine.batch import Batch
+from qwenkit.engine.batch import Batch, Computed
 from qwenkit.engine.graphs import DecodeGraphs
 from qwenkit.engine.key_bias import key_biases
 from qwenkit.engine.scheduler import Row
@@ -24,18 +22,6 @@ from qwenkit.ops.cache import QUANTIZED, KeyBias, KVCache, bytes_per_token
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers."""
     return config.num_hidden_layers * bytes_per_token(config.num_key_value_heads, config.head_dim, dtype)
-
-
-@dataclass(frozen=True)
-class Computed:
-    """logits (N, vocab_size) fp32 of the N rows that sample, in order; they are overwritten by a later step.
-
-    A step that was computed has hidden (T, hidden_size) of the whole stream; one that was replayed may have drawn `tokens`.
-    """
-
-    logits: torch.Tensor
-    hidden: torch.Tensor | None = None
-    tokens: list[int] | None = None
 
 
 class Runner:
@@ -82,7 +68,7 @@ class Runner:
         if self.graphs is not None and not adapted:
             replayed = self.graphs.run(rows)
             if replayed is not None:
-                return Computed(replayed.logits, tokens=replayed.tokens)
+                return replayed
         return self._compute(rows)
 
     @torch.inference_mode()

@@ -59,13 +59,13 @@ QK_NOINLINE void score_floats(const float* const* queries, const Tile& tile, int
 
 // Adds R queries times the rotated bias to their scores.
 template <int R>
-QK_NOINLINE void add_bias(const Pass& pass, const KeyBias& bias, const int* rows, const Tile& tile, float (*scores)[KEYS]) {
+QK_NOINLINE void add_bias(const Pass& pass, const KeyBias& bias, int first, const Tile& tile, float (*scores)[KEYS]) {
   F16 low[R], high[R];
   const float* turns[R];
   QK_UNROLL
   for (int r = 0; r < R; r++) {
     low[r] = f_load(scores[r]), high[r] = f_load(scores[r] + LANES);
-    turns[r] = pass.turns + rows[r] * 2 * bias.half;
+    turns[r] = pass.turns + (first + r) * 2 * bias.half;
   }
   for (int i = 0; i < pass.num_angles; i++) {
     const int64_t at = pass.angles[i] * bias.length;
@@ -82,16 +82,16 @@ QK_NOINLINE void add_bias(const Pass& pass, const KeyBias& bias, const int* rows
   for (int r = 0; r < R; r++) f_store(scores[r], low[r]), f_store(scores[r] + LANES, high[r]);
 }
 
-// Scores of R queries against int8 or int4 keys; rows[r] is the place of a query in the pass.
+// Scores of R queries, from the `first` of a pass, against int8 or int4 keys.
 template <int PACK, int R>
-QK_NOINLINE void score_bytes(const Pass& pass, const int* rows, const Tile& tile, int64_t dim, float scale, float (*scores)[KEYS]) {
+QK_NOINLINE void score_bytes(const Pass& pass, int first, const Tile& tile, int64_t dim, float scale, float (*scores)[KEYS]) {
   I16 coarse[2][R], fine[2][R];
   const int8_t* queries[R];
   QK_UNROLL
   for (int r = 0; r < R; r++) {
-    queries[r] = pass.queries + rows[r] * 2 * dim;
-    coarse[0][r] = coarse[1][r] = i_set1(pass.query_rows[rows[r]].start[0]);
-    fine[0][r] = fine[1][r] = i_set1(pass.query_rows[rows[r]].start[1]);
+    queries[r] = pass.queries + (first + r) * 2 * dim;
+    coarse[0][r] = coarse[1][r] = i_set1(pass.query_rows[first + r].start[0]);
+    fine[0][r] = fine[1][r] = i_set1(pass.query_rows[first + r].start[1]);
   }
   const uint8_t *k0 = tile.keys[0], *k1 = tile.keys[1];
   for (int64_t d = 0; d < dim; d += PACK, k0 += tile.stride, k1 += tile.stride) {
@@ -118,7 +118,7 @@ QK_NOINLINE void score_bytes(const Pass& pass, const int* rows, const Tile& tile
     const F16 offset0 = f_mul(f_odd_bf16(pair0), f_set1(scale)), offset1 = f_mul(f_odd_bf16(pair1), f_set1(scale));
     QK_UNROLL
     for (int r = 0; r < R; r++) {
-      const QueryRow& row = pass.query_rows[rows[r]];
+      const QueryRow& row = pass.query_rows[first + r];
       const F16 step = f_set1(row.scale), steps = f_set1(256.0f), total = f_set1(row.total);
       const F16 sum0 = f_mul(f_fma(f_of_i(coarse[0][r]), steps, f_of_i(fine[0][r])), step);
       const F16 sum1 = f_mul(f_fma(f_of_i(coarse[1][r]), steps, f_of_i(fine[1][r])), step);
@@ -130,7 +130,7 @@ QK_NOINLINE void score_bytes(const Pass& pass, const int* rows, const Tile& tile
   const F16 scale0 = f_mul(f_load(tile.key_scale), f_set1(scale)), scale1 = f_mul(f_load(tile.key_scale + LANES), f_set1(scale));
   QK_UNROLL
   for (int r = 0; r < R; r++) {
-    const F16 step = f_set1(pass.query_rows[rows[r]].scale), steps = f_set1(256.0f);
+    const F16 step = f_set1(pass.query_rows[first + r].scale), steps = f_set1(256.0f);
     f_store(scores[r], f_mul(f_mul(f_fma(f_of_i(coarse[0][r]), steps, f_of_i(fine[0][r])), step), scale0));
     f_store(scores[r] + LANES, f_mul(f_mul(f_fma(f_of_i(coarse[1][r]), steps, f_of_i(fine[1][r])), step), scale1));
   }
@@ -236,29 +236,23 @@ inline void by_fours(Does does) {
 template <int PACK, int R>
 inline void attend_rows(const Heads& h, const KeyBias* bias, Pass& pass, const Tile& tile, int first, int64_t start, int64_t first_position) {
   const int64_t dim = h.dim;
-  int row_of[R];
   float* sums[R];
   alignas(64) float scores[R][KEYS];
   ByteWeights byte_weights[R];
   const bool bytes = multiplies_bytes<PACK>(dim);
-  for (int r = 0; r < R; r++) {
-    row_of[r] = first + r;
-    sums[r] = pass.sums + (first + r) * dim;
-  }
+  for (int r = 0; r < R; r++) sums[r] = pass.sums + (first + r) * dim;
   if (PACK >= CACHE_INT8) {
     by_fours<R>([&](auto count, int r) {
-      score_bytes<PACK, count.value>(pass, row_of + r, tile, dim, h.scale, scores + r);
-      if (bias) add_bias<count.value>(pass, *bias, row_of + r, tile, scores + r);
+      score_bytes<PACK, count.value>(pass, first + r, tile, dim, h.scale, scores + r);
+      if (bias) add_bias<count.value>(pass, *bias, first + r, tile, scores + r);
     });
   } else {
-    const float* queries[R];
-    for (int r = 0; r < R; r++) queries[r] = pass.query_of[row_of[r]];
-    score_floats<PACK, R>(queries, tile, dim, h.scale, scores);
+    score_floats<PACK, R>(pass.query_of + first, tile, dim, h.scale, scores);
   }
   alignas(64) float highest[LANES], scales[LANES], corrections[LANES];
   bool edge[R];
   for (int r = 0; r < R; r++) {
-    const int64_t position = first_position + pass.token_of[row_of[r]];
+    const int64_t position = first_position + pass.token_of[first + r];
     const int64_t last = position - start, before = h.window > 0 ? position - h.window - start : -1;
     edge[r] = last < KEYS - 1 || before >= 0;  // keys after `last`, and up to `before`, are hidden from this row
     if (edge[r])

@@ -63,7 +63,6 @@ static inline I16 i_broadcast(const void* p) {  // four bytes to every lane
 }
 static inline void i_store_i8(int8_t* p, I16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a.v)); }
 static inline void i_store_u8(uint8_t* p, I16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }  // the lowest byte of each
-static inline void i_store(void* p, I16 a) { _mm512_storeu_si512(p, a.v); }
 static inline I16 i_add(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 static inline int32_t i_sum(I16 a) { return _mm512_reduce_add_epi32(a.v); }
 static inline I16 i_low_nibbles(I16 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
@@ -162,7 +161,6 @@ static inline __m128i i_low_bytes8(__m256i x) {
 static inline void i_store_u8(uint8_t* p, I16 x) {
   _mm_storeu_si128((__m128i*)p, _mm_unpacklo_epi64(i_low_bytes8(x.a), i_low_bytes8(x.b)));
 }
-static inline void i_store(void* p, I16 x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)p + 1, x.b); }
 static inline I16 i_add(I16 x, I16 y) { return QK_TWICE(_mm256_add_epi32); }
 static inline int32_t i_sum(I16 x) {
   __m256i t = _mm256_add_epi32(x.a, x.b);
