@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from qwenkit.hub import smollm2
 from qwenkit.hub.smollm2 import cache_folder
@@ -37,22 +38,24 @@ class _Repo:
     on_modelscope: bool
     name: str
 
-    def find_cached(self, revision: str | None) -> Path | None:
+    @property
+    def hub(self) -> ModuleType:
+        """What talks to the hub: a module with find_cached, pull and list_files."""
         from qwenkit.hub import huggingface, modelscope
 
-        return (modelscope if self.on_modelscope else huggingface).find_cached(self.name, revision)
+        return modelscope if self.on_modelscope else huggingface
+
+    def find_cached(self, revision: str | None) -> Path | None:
+        found: Path | None = self.hub.find_cached(self.name, revision)
+        return found
 
     def pull(self, revision: str | None, into: Path | None, progress: bool) -> Path:
-        from qwenkit.hub import huggingface, modelscope
-
-        return (modelscope if self.on_modelscope else huggingface).pull(self.name, revision, into, progress=progress)
+        pulled: Path = self.hub.pull(self.name, revision, into, progress=progress)
+        return pulled
 
     def list_files(self, revision: str | None) -> list[KnownFile]:
-        from qwenkit.hub import huggingface, modelscope
-
-        if self.on_modelscope:
-            return modelscope.list_repo(self.name, revision)
-        return huggingface.list_repo(self.name, revision).files
+        files: list[KnownFile] = self.hub.list_files(self.name, revision)
+        return files
 
 
 def find_model(name: str, *, download: bool = True, revision: str | None = None, progress: bool = True) -> Path:

@@ -57,8 +57,12 @@ def find_cached(name: str, revision: str | None) -> Path | None:
     return folder if is_complete(folder) else None
 
 
-def list_repo(name: str, revision: str | None) -> Listing:
+def list_files(name: str, revision: str | None) -> list[KnownFile]:
     """What the hub has under this id now. Errors as in `pull`."""
+    return _list(name, revision).files
+
+
+def _list(name: str, revision: str | None) -> Listing:
     with _explained(name, revision):
         api = HfApi(endpoint=_endpoint())
         commit = api.model_info(name, revision=revision).sha
@@ -83,7 +87,7 @@ def pull(name: str, revision: str | None, into: Path | None, *, progress: bool) 
     listing.
     """
     try:
-        listing = list_repo(name, revision)
+        listing = _list(name, revision)
     except ConnectionError as error:
         return copy_without_hub(error, find_cached(name, revision) if into is None else None)
     chosen = choose_files(listing.files, name)

@@ -25,7 +25,7 @@ def find_cached(name: str, revision: str | None) -> Path | None:
     return next((folder for folder in candidates if is_complete(folder)), None)
 
 
-def list_repo(name: str, revision: str | None) -> list[KnownFile]:
+def list_files(name: str, revision: str | None) -> list[KnownFile]:
     """What ModelScope has under this id now. Errors as in `pull`."""
     return _list(_client(name), name, revision)
 
