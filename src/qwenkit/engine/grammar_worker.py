@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ import threading
 from typing import IO, TYPE_CHECKING, Any
 
 from qwenkit.engine.grammar import Grammar, build_vocabulary, compile_grammar
+from qwenkit.engine.heap import give_back_heap
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -80,8 +80,7 @@ def _try(request: dict[str, Any], vocabulary: LLTokenizer, answer: dict[str, Any
 
 def _resident_bytes() -> int:
     """Memory in use, after what was freed went back to the kernel; 0 where the kernel does not say."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_heap()
     with contextlib.suppress(OSError), open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0

@@ -20,14 +20,8 @@ from tqdm import tqdm
 from qwenkit import ops
 from qwenkit.engine.config import EngineConfig
 from qwenkit.engine.engine import Engine
-from qwenkit.engine.memory import (
-    choose_cache_dtype,
-    choose_device,
-    choose_dtype,
-    choose_weights,
-    give_back_heap,
-    plan_cache,
-)
+from qwenkit.engine.heap import give_back_heap
+from qwenkit.engine.memory import choose_cache_dtype, choose_device, choose_dtype, choose_weights, plan_cache
 from qwenkit.engine.request import Completion, Delta, RequestOutput
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampling import SamplingParams
