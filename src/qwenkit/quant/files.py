@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from qwenkit.quant.config import QuantConfig
-from qwenkit.quant.tokenizer_files import write_tokenizer
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.safetensors_files import INDEX, SINGLE, read_file
-from qwenkit.weights.saving import ARCHITECTURES, generation_config
+from qwenkit.weights.saving import ARCHITECTURES, copy_tokenizer, generation_config
 from qwenkit.weights.stored import DTYPE_NAMES, DTYPES, StoredTensor
 
 SHARD_BYTES = 4 << 30
@@ -130,7 +129,7 @@ def write_companions(folder: Path, checkpoint: Checkpoint, quantization: Mapping
     generation = generation_config(checkpoint)
     if generation:
         write_json(folder / "generation_config.json", generation)
-    write_tokenizer(folder, checkpoint)
+    copy_tokenizer(folder, checkpoint)
 
 
 def quantization_config(config: QuantConfig, *, moe: bool) -> dict[str, Any]:

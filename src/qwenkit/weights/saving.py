@@ -29,9 +29,9 @@ from qwenkit.weights.templated import Templated
 
 _STEMS = {False: ("model", "safetensors"), True: ("pytorch_model", "bin")}
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
-_TOKENIZER_FILES = (
+_COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "qwen.tiktoken", "chat_template.jinja"),
+    *("special_tokens_map.json", "qwen.tiktoken", "tokenizer.model", "chat_template.jinja", "LICENSE*", "NOTICE*"),
 )
 ARCHITECTURES = {
     "qwen": "QWenLMHeadModel",
@@ -152,7 +152,7 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def copy_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
-    """The checkpoint's tokenizer and template as files; those that a GGUF holds are written anew.
+    """The checkpoint's tokenizer, template and licence as files; what a GGUF holds of them is written anew.
 
     A checkpoint without a tokenizer gives none. *.py files travel along where the checkpoint says that it needs them, as data.
     """
@@ -163,7 +163,7 @@ def copy_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     if isinstance(checkpoint, GgufCheckpoint):
         write_tokenizer(folder, checkpoint)
     else:
-        patterns = list(_TOKENIZER_FILES)
+        patterns = list(_COPIED)
         if "auto_map" in checkpoint.config:
             patterns += ["*.py", "*.cpp", "*.cu"]
         for path in (path for pattern in patterns for path in checkpoint.path.glob(pattern) if path.is_file()):

@@ -51,6 +51,8 @@ def test_files_of_a_folder_are_copied(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", hidden_size=64, intermediate_size=96)
     for name in ("chat_template.jinja", "vocab.json", "LICENSE", "tokenization_x.py", "notes.bin", "x.index.json"):
         (source / name).write_text("{{ 1 }}")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": "tokenization_x.X"}}))
     quantize_model(open_checkpoint(source), tmp_path / "out", QuantConfig(method="rtn", device="cpu"), [])
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"chat_template.jinja", "vocab.json", "LICENSE", "tokenization_x.py", "tokenizer.json"}
