@@ -58,6 +58,8 @@ def packed_weights(rows: int, cols: int, kind: str) -> PackedWeight:
         return packed.pack_bfloat16(weight)
     if kind in ("int8", "int4"):
         return packed.quantize(weight, int(kind[3:]))
+    if kind == "int8 in groups of 32":
+        return packed.quantize(weight, 8, 32)
     bits = int(kind[0])
     group = packed.group_for(cols)
     codes = torch.randint(0, 1 << bits, (rows, cols), dtype=torch.uint8)
@@ -77,8 +79,8 @@ def packed_weights(rows: int, cols: int, kind: str) -> PackedWeight:
 @given(
     tokens=st.sampled_from([1, 2, 3, 5, 11, 12, 13, 30]),
     rows=st.sampled_from([1, 15, 16, 33, 64, 100]),
-    cols=st.sampled_from([32, 64, 96, 128, 320]),
-    kind=st.sampled_from(["bf16", "int8", "int4", "8 bits with offset", "4 bits with offset"]),
+    cols=st.sampled_from([32, 64, 96, 128, 320, 896]),
+    kind=st.sampled_from(["bf16", "int8", "int8 in groups of 32", "int4", "8 bits with offset", "4 bits with offset"]),
     bias=st.booleans(),
     seed=seeds,
 )

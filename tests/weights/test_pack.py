@@ -79,16 +79,16 @@ def test_other_quantized_types_become_bfloat16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk_rows", [4096, 1, 32, 64])
 @pytest.mark.parametrize("rows", [70, 128, 17])
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(("bits", "group"), [(4, None), (4, 32), (8, None), (8, 32), (16, None)])
 def test_plain_tensors_are_packed_as_chosen(
-    monkeypatch: pytest.MonkeyPatch, bits: int, rows: int, chunk_rows: int
+    monkeypatch: pytest.MonkeyPatch, bits: int, group: int | None, rows: int, chunk_rows: int
 ) -> None:
     """However many pieces they are read in."""
     monkeypatch.setattr(pack, "CHUNK_ELEMENTS", chunk_rows * 192)
     torch.manual_seed(rows)
     weight = torch.randn(rows, 192)
-    expected = packed.pack_bfloat16(weight) if bits == 16 else packed.quantize(weight, bits)
-    assert_same(pack_stored(stored(weight), bits), expected)
+    expected = packed.pack_bfloat16(weight) if bits == 16 else packed.quantize(weight, bits, group)
+    assert_same(pack_stored(stored(weight), bits, group), expected)
 
 
 def saved(folder: Path, model_type: str, **changes: object) -> Path:
@@ -114,6 +114,15 @@ def test_a_tied_head_and_its_embedding_are_one_matrix(tmp_path: Path, weights: s
     assert "lm_head" not in found
     assert set(found.values()) == {bits}
     assert len(found) == 3 * 7
+
+
+@pytest.mark.parametrize(("weights", "head_group"), [("int8", 32), ("int4", 64)])
+def test_activations_are_rounded_in_short_groups_where_all_weights_have_eight_bits(
+    tmp_path: Path, weights: str, head_group: int
+) -> None:
+    head = loaded(saved(tmp_path, "qwen2", hidden_size=64), weights).get_submodule("lm_head")
+    assert isinstance(head, PackedLinear)
+    assert head.matrix.weight.group == head_group
 
 
 def test_an_untied_embedding_is_looked_up_in_bfloat16(tmp_path: Path) -> None:

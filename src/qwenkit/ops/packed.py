@@ -82,10 +82,13 @@ def pack_bfloat16(weight: torch.Tensor) -> PackedWeight:
     return PackedWeight(16, rows, cols, cols, pairs.contiguous().view(torch.uint8).flatten(1))
 
 
-def quantize(weight: torch.Tensor, bits: int) -> PackedWeight:
-    """Round to the nearest: 8 bits with one scale a row, 4 bits symmetric with one a group."""
+def quantize(weight: torch.Tensor, bits: int, group: int | None = None) -> PackedWeight:
+    """Round to the nearest: 8 bits with one scale a row, 4 bits symmetric with one a group (by default that of `group_for`).
+
+    Activations are rounded in the same groups, those for weights of 8 bits too.
+    """
     rows, cols = weight.shape
-    group = group_for(cols)
+    group = group or group_for(cols)
     weight = weight.float()
     zero, most = 1 << (bits - 1), (1 << (bits - 1)) - 1
     if bits == 8:

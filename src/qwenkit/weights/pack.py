@@ -23,6 +23,9 @@ from qwenkit.weights.stored import DTYPES, Bytes, StoredTensor
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 CHUNK_ELEMENTS = 1 << 21  # packed at once: its arithmetic needs some tens of megabytes beside the model
 BLOCK = 32  # weights in a block of GGUF's simple types
+FINE_GROUP = (
+    32  # activations that share a scale beside weights of 8 bits, which lose less than activations in longer groups do
+)
 
 Blocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes (rows, cols), scales and offsets (rows, groups)
 
@@ -35,6 +38,7 @@ def packing(config: ModelConfig, weights: str) -> Swap:
     """
     bits = BITS[weights]
     head_bits = max(bits, 8)
+    group = FINE_GROUP if bits == 8 else None
     head = Matrix()
 
     def make(name: str, module: nn.Linear | nn.Embedding) -> nn.Module | None:
@@ -43,21 +47,21 @@ def packing(config: ModelConfig, weights: str) -> Swap:
         if name.endswith("gate") or not can_pack(rows, cols, head_bits if tied_head else bits):
             return None
         if isinstance(module, nn.Embedding):
-            return PackedEmbedding(head if tied_head else Matrix(), packer(head_bits if tied_head else 16))
+            return PackedEmbedding(head if tied_head else Matrix(), packer(head_bits if tied_head else 16, group))
         if name == "lm_head":
-            return PackedLinear(module, head if tied_head else Matrix(), packer(head_bits))
-        return PackedLinear(module, Matrix(), packer(bits))
+            return PackedLinear(module, head if tied_head else Matrix(), packer(head_bits, group))
+        return PackedLinear(module, Matrix(), packer(bits, group))
 
     return make
 
 
-def packer(bits: int) -> Callable[[StoredTensor], PackedWeight]:
-    """How a tensor is packed when `bits` were chosen."""
-    return lambda stored: pack_stored(stored, bits)
+def packer(bits: int, group: int | None = None) -> Callable[[StoredTensor], PackedWeight]:
+    """How a tensor is packed when `bits`, and for rounding to them a group, were chosen."""
+    return lambda stored: pack_stored(stored, bits, group)
 
 
-def pack_stored(stored: StoredTensor, bits: int) -> PackedWeight:
-    """Pack one matrix; a quantized one keeps its own values."""
+def pack_stored(stored: StoredTensor, bits: int, group: int | None = None) -> PackedWeight:
+    """Pack one matrix; a quantized one keeps its own values and groups."""
     if stored.read_raw is not None:
         if stored.dtype in _READ_BLOCKS:
             blocks = _chunks(stored, stored.read_raw)
@@ -68,7 +72,8 @@ def pack_stored(stored: StoredTensor, bits: int) -> PackedWeight:
             return _joined(stored.shape[0], (_pack_runs(raw, bits, run, symmetric) for raw in runs))
     plain = stored.dtype in DTYPES
     packed = (
-        quantize(rows, bits) if plain and bits < 16 else pack_bfloat16(rows) for rows in _chunks(stored, stored.read)
+        quantize(rows, bits, group) if plain and bits < 16 else pack_bfloat16(rows)
+        for rows in _chunks(stored, stored.read)
     )
     return _joined(stored.shape[0], packed)
 

@@ -81,6 +81,15 @@ inline void add_products(I16 (&sum)[R][MT], const I16 (&q)[R], const int8_t* x, 
   }
 }
 
+inline float sum_of(const float* x, int64_t count) {
+  F16 sum = f_zero();
+  int64_t k = 0;
+  for (; k + 16 <= count; k += 16) sum = f_add(sum, f_load(x + k));
+  float total = f_sum(sum);
+  for (; k < count; k++) total += x[k];
+  return total;
+}
+
 // R blocks of 16 rows times MT tokens. int32 sums of one group live in registers, fp32 sums of all groups beside them.
 template <int BITS, Scales MODE, int R, int MT>
 inline void packed_tile(const Packed& w, int64_t block, const Quantized& a, int64_t token, const Target& to) {
@@ -135,19 +144,22 @@ inline void packed_tile(const Packed& w, int64_t block, const Quantized& a, int6
       for (int r = 0; r < R; r++) {
         const F16 products = f_of_i(sum[r][t]);
         if (MODE == PER_CHANNEL)
-          total[r][t] = f_fma(xsum, f_set1(-zero), f_fma(products, xs, total[r][t]));
+          total[r][t] = f_fma(products, xs, total[r][t]);
         else
           total[r][t] = f_fma(xsum, offset[r], f_fma(products, f_mul(scale[r], xs), total[r][t]));
       }
     }
   }
   QK_UNROLL
-  for (int t = 0; t < MT; t++)
+  for (int t = 0; t < MT; t++) {
+    // per channel all groups have the same zero, which is taken off once
+    const F16 zeros = f_set1(MODE == PER_CHANNEL ? -zero * sum_of(a.sum + (token + t) * groups, groups) : 0);
     QK_UNROLL
     for (int r = 0; r < R; r++) {
       const int64_t row = (block + r) * 16;
-      store_rows(to, token + t, row, w.rows, MODE == PER_CHANNEL ? f_mul(total[r][t], f_load(w.row_scale + row)) : total[r][t]);
+      store_rows(to, token + t, row, w.rows, MODE == PER_CHANNEL ? f_mul(f_add(total[r][t], zeros), f_load(w.row_scale + row)) : total[r][t]);
     }
+  }
 }
 
 // Blocks of rows are dealt to threads in pairs; a span of tokens whose activations fit the second-level cache meets all of a thread's
