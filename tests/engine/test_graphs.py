@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenkit import LLM
+from qwenkit.engine.batch import Computed
 from qwenkit.engine.sampling import SamplingParams
+from qwenkit.engine.scheduler import Row
 from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen
 from qwenkit.weights.checkpoint import open_checkpoint
@@ -111,14 +113,17 @@ def test_decode_steps_are_replayed(make_engine: MakeEngine, models: dict[str, Qw
 
 
 def test_tokens_drawn_in_a_replay_are_those_drawn_after_it(make_engine: MakeEngine, models: dict[str, Qwen]) -> None:
-    """A recorded step draws by itself while all its rows' logits stay as they are, and the rows' settings come and go."""
+    """A recorded step draws by itself while only penalties change its rows' logits, and the rows' settings come and go."""
     wishes = [
         SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True),
         SamplingParams(max_tokens=9, temperature=1.0, seed=1, ignore_eos=True),
         SamplingParams(max_tokens=12, temperature=1.5, top_k=20, top_p=0.7, seed=2, ignore_eos=True),
         SamplingParams(max_tokens=14, temperature=0.8, min_p=0.1, seed=3, ignore_eos=True),
-        SamplingParams(max_tokens=6, temperature=1.0, seed=4, frequency_penalty=1.5, ignore_eos=True),
+        SamplingParams(max_tokens=8, temperature=1.0, seed=4, frequency_penalty=1.5, ignore_eos=True),
+        SamplingParams(max_tokens=10, temperature=0.0, repetition_penalty=1.3, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=1.2, seed=5, presence_penalty=0.7, top_k=30, ignore_eos=True),
         SamplingParams(max_tokens=3, temperature=0.0, logprobs=2, ignore_eos=True),
+        SamplingParams(max_tokens=5, temperature=0.0, logit_bias={7: 4.0}, ignore_eos=True),
     ]
     for model in models.values():
         answers = []
@@ -128,6 +133,30 @@ def test_tokens_drawn_in_a_replay_are_those_drawn_after_it(make_engine: MakeEngi
             deltas = run(engine)
             answers.append([tokens_of(deltas[request_id, 0]) for request_id in ids])
         assert answers[0] == answers[1]
+
+
+def test_penalties_do_not_keep_a_step_from_drawing_by_itself(
+    make_engine: MakeEngine, models: dict[str, Qwen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are most Qwen models' own defaults."""
+    engine = make_engine(models["qwen2"], num_blocks=64)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    drawn: list[bool] = []
+    run_graphs = graphs.run
+
+    def watched(rows: list[Row]) -> Computed | None:
+        computed = run_graphs(rows)
+        if computed is not None:
+            drawn.append(computed.tokens is not None)
+        return computed
+
+    monkeypatch.setattr(graphs, "run", watched)
+    engine.add(
+        [1, 2, 3], SamplingParams(max_tokens=6, repetition_penalty=1.05, top_k=20, temperature=0.7, ignore_eos=True)
+    )
+    run(engine)
+    assert drawn == [True] * 5
 
 
 def test_a_request_alone_and_in_a_batch_gives_the_same_tokens(make_engine: MakeEngine, models: dict[str, Qwen]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwenkit.engine import sampler
-from qwenkit.engine.request import SeenTokens, Sequence
+from qwenkit.engine.request import Sequence, TokenCounts
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.text.stream import Detokenizer
 from qwenkit.text.tokenizer import Tokenizer
@@ -29,7 +29,6 @@ def sequence(tokenizer: Tokenizer, prompt: list[int], output: list[int] = [], **
         stop_ids=frozenset({3}),
         detokenizer=Detokenizer(tokenizer),
         stop_strings=None,
-        output_counts=Counter(output),
     )
 
 
@@ -54,13 +53,14 @@ def test_uniform_is_a_function_of_seed_index_and_place() -> None:
     assert all(sampler.uniform(*key) == value for key, value in values.items())
 
 
-def test_seen_tokens_are_the_distinct_ones() -> None:
-    seen = SeenTokens()
+def test_tokens_are_counted_as_they_come() -> None:
+    counted = TokenCounts()
     tokens = [5, 5, 7]
-    assert seen.of(tokens).tolist() == [5, 7]
     for token in range(200):
+        ids, counts = counted.of(tokens, 3)
+        written = Counter(tokens[3:])
+        assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {token: written[token] for token in set(tokens)}
         tokens.append(token % 130)
-        assert sorted(seen.of(tokens).tolist()) == sorted(set(tokens))
 
 
 def test_penalties_bias_and_min_tokens(tokenizer: Tokenizer) -> None:
@@ -75,7 +75,7 @@ def test_penalties_bias_and_min_tokens(tokenizer: Tokenizer) -> None:
         logit_bias={5: 3.0, 0: 0.5},
         min_tokens=4,
     )
-    sampler._adjust(logits, row)
+    sampler.adjust(logits[None], [row])
     expected = [2.5 / 1.25, -2.0 * 1.25, 4.0 / 1.25 - 2 * 0.5 - 0.25, -math.inf, 1.0 / 1.25 - 0.5 - 0.25, 2.0]
     assert logits.tolist() == pytest.approx(expected)
 

@@ -139,6 +139,24 @@ def test_rows_without_a_choice_say_so(temperature: float, top_k: int) -> None:
     assert tokens[1:] == [-1, -1, -1, 64]
 
 
+def test_penalties_are_those_of_the_papers() -> None:
+    """Against one token after the other in Python, for rows with many, few and no tokens."""
+    torch.manual_seed(0)
+    logits, lengths = torch.randn(4, 300) * 5, torch.tensor([120, 1, 0, 37])
+    logits[0, 7], logits[1, 9] = -torch.inf, torch.nan
+    ids = torch.stack([torch.randperm(300)[:120] for _ in range(4)])
+    counts = torch.randint(0, 4, (4, 120)).float()
+    penalties = torch.tensor([[1.3, 0.5, 0.25], [1.1, 0.0, 0.0], [2.0, 1.0, 1.0], [1.0, -0.5, 1.5]])
+    expected = logits.double()
+    for row, (repetition, frequency, presence) in enumerate(penalties.double()):
+        for token, times in zip(ids[row, : lengths[row]], counts[row].double(), strict=False):
+            logit = expected[row, token]
+            logit = logit / repetition if logit > 0 else logit * repetition
+            expected[row, token] = logit - (frequency * times + presence if times > 0 else 0)
+    ops.penalize(logits, ids, counts, lengths, penalties)
+    torch.testing.assert_close(logits.double(), expected, atol=1e-6, rtol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("spread", [0.02, 1.0, 4.0, 30.0])
 def test_a_whole_vocabulary(spread: float) -> None:
     """top_p over 151,936 tokens: what is kept holds top_p, and without its least likely token it would not."""

@@ -244,7 +244,6 @@ class Engine:
         first = sequence.num_output == 0
         token, params = choice.token_id, sequence.params
         sequence.tokens.append(token)
-        sequence.output_counts[token] += 1
         finish_reason: str | None = None
         stop_reason: int | str | None = None
         text = ""

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenkit import ops
 from qwenkit.engine.batch import Computed, Paged
-from qwenkit.engine.sampler import Limits, is_plain
+from qwenkit.engine.sampler import Limits, Penalties, is_plain
 from qwenkit.engine.scheduler import Row
 from qwenkit.model.positions import Positions
 from qwenkit.model.qwen import Qwen
@@ -121,10 +121,11 @@ class _Step:
         places = torch.zeros(size, dtype=torch.int64)  # are positions: requests with a rotary stretch are not replayed
         ctx = Paged(caches, slots, torch.arange(size + 1), lengths, tables, places=places)
         positions = Positions(cos, sin, None)
-        self._limits = Limits(size)
+        self._limits, self._penalties = Limits(size), Penalties(size, max_blocks * self._block_size)
         with torch.inference_mode(), native.executor.record() as program, _Watch():
             self._logits = model.logits(model.model(ids, positions, ctx))
             self._to_logits = len(program)
+            ops.penalize(self._logits, *self._penalties.tensors)
             tokens = ops.sample(self._logits, *self._limits.tensors)
         self._tokens = tokens.numpy()
         self._replay = program.finish(native.executor.library)
@@ -154,6 +155,7 @@ class _Step:
         if not all(map(is_plain, sequences)):
             self._replay(self._to_logits)
             return Computed(logits)
+        self._penalties.write(sequences)
         self._limits.write(sequences)
         self._replay()
         return Computed(logits, tokens=self._tokens[:count].tolist())

@@ -6,10 +6,9 @@ what a step adds to one answer; `RequestOutput` and `Completion` are the finishe
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
 from qwenkit.engine.blocks import chain_hash
 from qwenkit.engine.matcher import Matcher
@@ -76,25 +75,27 @@ class RequestOutput:
         return self.completions[0].text
 
 
-class SeenTokens:
-    """The distinct ids of a growing list of tokens, for the repetition penalty; each token is looked at once."""
+class TokenCounts:
+    """The distinct ids of a growing list of tokens, and how often each was written after the prompt, for penalties; each token is
+    looked at once."""
 
     def __init__(self) -> None:
-        self._known: set[int] = set()
-        self._ids = torch.empty(64, dtype=torch.int64)
+        self._places: dict[int, int] = {}
+        self._ids = np.empty(64, dtype=np.int64)
+        self._counts = np.zeros(64, dtype=np.float32)
         self._looked_at = 0
 
-    def of(self, tokens: list[int]) -> torch.Tensor:
-        """Ids (count,) int64 of `tokens`, which begin with the tokens of the last call."""
-        new = dict.fromkeys(token for token in tokens[self._looked_at :] if token not in self._known)
+    def of(self, tokens: list[int], num_prompt: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (count,) int64 and counts (count,) fp32 of `tokens`, which begin with the tokens of the last call."""
+        for place in range(self._looked_at, len(tokens)):
+            at = self._places.setdefault(tokens[place], len(self._places))
+            if at == self._ids.shape[0]:
+                self._ids = np.concatenate((self._ids, np.empty_like(self._ids)))
+                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+            self._ids[at] = tokens[place]
+            self._counts[at] += place >= num_prompt
         self._looked_at = len(tokens)
-        start = len(self._known)
-        self._known.update(new)
-        while self._ids.shape[0] < len(self._known):
-            self._ids = torch.cat((self._ids, torch.empty_like(self._ids)))
-        if new:
-            self._ids[start : len(self._known)] = torch.tensor(list(new))
-        return self._ids[: len(self._known)]
+        return self._ids[: len(self._places)], self._counts[: len(self._places)]
 
 
 @dataclass(eq=False)
@@ -121,7 +122,6 @@ class Sequence:
     num_cached: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
-    output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprob | None] | None = None
     followers: list[Sequence] = field(
         default_factory=list
@@ -131,7 +131,7 @@ class Sequence:
     cache_namespace: str = ""
     admitted_at: float = 0.0
     matcher: Matcher | None = None
-    seen: SeenTokens = field(default_factory=SeenTokens)
+    token_counts: TokenCounts = field(default_factory=TokenCounts)
 
     @property
     def num_output(self) -> int:

@@ -31,9 +31,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
         for row, sequence in enumerate(sequences)
         if sequence.params.logprobs is not None
     }
-    for row, sequence in enumerate(sequences):
-        if _adjusts(sequence):
-            _adjust(logits[row], sequence)
+    adjust(logits, sequences)
     limits = Limits(len(sequences))
     limits.write(sequences)
     tokens: list[int] = ops.sample(logits, *limits.tensors).tolist()
@@ -108,42 +106,75 @@ def _limits(params: SamplingParams) -> tuple[float, int, float, float]:
     return temperature, max(params.top_k or 0, 0), params.top_p or 1.0, params.min_p or 0.0
 
 
+class Penalties:
+    """What `ops.penalize` wants to know of each row, in tensors that stay where they are: up to `most` ids with their counts, how
+    many these are, and the three penalties. Rows that nobody wrote have none.
+    """
+
+    def __init__(self, rows: int, most: int) -> None:
+        ids, counts = torch.empty(rows, most, dtype=torch.int64), torch.empty(rows, most)  # most of it is never touched
+        self.tensors = (ids, counts, torch.zeros(rows, dtype=torch.int64), torch.ones(rows, 3))
+        self._ids, self._counts, self._lengths, self._penalties = (tensor.numpy() for tensor in self.tensors)
+        self._written = False
+
+    def write(self, sequences: list[Sequence]) -> None:
+        """Say which tokens of the first rows are to be less likely, and by how much."""
+        penalised = [sequence for sequence in sequences if _is_penalised(sequence.params)]
+        if not penalised and not self._written:
+            return
+        self._lengths[:] = 0
+        self._written = bool(penalised)
+        for row, sequence in enumerate(sequences):
+            params = sequence.params
+            if not _is_penalised(params):
+                continue
+            ids, counts = sequence.token_counts.of(sequence.tokens, sequence.num_prompt)
+            self._lengths[row] = ids.shape[0]
+            self._ids[row, : ids.shape[0]] = ids
+            self._counts[row, : ids.shape[0]] = counts
+            self._penalties[row] = params.repetition_penalty or 1.0, params.frequency_penalty, params.presence_penalty
+
+
+def _is_penalised(params: SamplingParams) -> bool:
+    return bool(params.frequency_penalty or params.presence_penalty or (params.repetition_penalty or 1.0) != 1.0)
+
+
 def is_plain(sequence: Sequence) -> bool:
-    """Whether the next token is drawn from the logits as they are, and nothing else is told of them."""
-    return sequence.params.logprobs is None and not _adjusts(sequence)
-
-
-def _adjusts(sequence: Sequence) -> bool:
-    """Whether anything changes the logits before the draw."""
+    """Whether nothing but penalties changes the logits before the draw, and nothing else is told of them."""
     params = sequence.params
-    return bool(
-        params.logit_bias
-        or params.frequency_penalty
-        or params.presence_penalty
-        or (params.repetition_penalty or 1.0) != 1.0
-        or sequence.num_output < params.min_tokens
-        or sequence.matcher is not None
+    return (
+        params.logprobs is None
+        and not params.logit_bias
+        and sequence.num_output >= params.min_tokens
+        and sequence.matcher is None
     )
 
 
-def _adjust(row: torch.Tensor, sequence: Sequence) -> None:
-    """Bias, min_tokens, penalties and last the grammar, which none of them can undo, in place on row (vocab_size,)."""
-    params, device = sequence.params, row.device
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=device)
-        row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=device)
-    matcher = sequence.matcher
-    barred = sequence.stop_ids if sequence.num_output < params.min_tokens else frozenset()
-    if barred and matcher is None:
+def adjust(logits: torch.Tensor, sequences: list[Sequence]) -> None:
+    """Bias, min_tokens, penalties and last the grammar, which none of them can undo, in place on logits (N, vocab_size)."""
+    for row, sequence in zip(logits, sequences, strict=True):
+        _bias(row, sequence)
+    if any(_is_penalised(sequence.params) for sequence in sequences):
+        penalties = Penalties(len(sequences), max(len(sequence.tokens) for sequence in sequences))
+        penalties.write(sequences)
+        ops.penalize(logits, *penalties.tensors)
+    for row, sequence in zip(logits, sequences, strict=True):
+        if sequence.matcher is not None:
+            allowed = sequence.matcher.allowed(_barred(sequence))
+            row.masked_fill_(torch.from_numpy(~allowed).to(row.device), -torch.inf)
+
+
+def _bias(row: torch.Tensor, sequence: Sequence) -> None:
+    bias, device = sequence.params.logit_bias, row.device
+    if bias:
+        row[torch.tensor(list(bias), device=device)] += torch.tensor(
+            list(bias.values()), dtype=row.dtype, device=device
+        )
+    barred = _barred(sequence)
+    if barred and sequence.matcher is None:  # which bars them itself, where that leaves a token
         row[torch.tensor(sorted(barred), device=device)] = -torch.inf
-    penalty = params.repetition_penalty or 1.0
-    if penalty != 1.0:
-        seen = sequence.seen.of(sequence.tokens).to(device)
-        values = row[seen]
-        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if (params.frequency_penalty or params.presence_penalty) and sequence.output_counts:
-        ids = torch.tensor(list(sequence.output_counts), device=device)
-        counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=device)
-        row[ids] -= params.frequency_penalty * counts + params.presence_penalty
-    if matcher is not None:
-        row.masked_fill_(torch.from_numpy(~matcher.allowed(barred)).to(device), -torch.inf)
+
+
+def _barred(sequence: Sequence) -> frozenset[int]:
+    """The tokens that would end an answer too early."""
+    return sequence.stop_ids if sequence.num_output < sequence.params.min_tokens else frozenset()

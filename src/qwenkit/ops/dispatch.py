@@ -29,6 +29,7 @@ NATIVE = (
     "paged_attention",
     "packed_linear",
     "embedding",
+    "penalize",
     "sample",
 )
 REFERENCE_ONLY = ("attention", "packed_attention")
@@ -149,6 +150,14 @@ def embedding(ids: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     chosen = _native_for(x)
     return reference.packed_linear(x, weight, bias) if chosen is None else chosen.packed_linear(x, weight, bias)
+
+
+def penalize(
+    logits: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, penalties: torch.Tensor
+) -> None:
+    chosen = _native_for(logits)
+    implementation = reference if chosen is None else chosen
+    implementation.penalize(logits, ids, counts, lengths, penalties)
 
 
 def sample(

@@ -132,6 +132,23 @@ def paged_attention(
     return torch.cat(out)
 
 
+def penalize(
+    logits: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, penalties: torch.Tensor
+) -> None:
+    """Make tokens that were there before less likely, in place on logits (N, V).
+
+    ids (N, most) int64 holds lengths[row] (N,) int64 distinct tokens of each row, and counts, fp32 as ids, how often each was
+    written. penalties (N, 3) are repetition (arXiv 1909.05858: positive logits are divided by it, others multiplied), frequency
+    (taken off for every time that a token was written) and presence (taken off once, where it was). All but logits on the CPU.
+    """
+    for row, length in enumerate(lengths.tolist()):
+        seen, times = ids[row, :length].to(logits.device), counts[row, :length].to(logits.device)
+        repetition, frequency, presence = penalties[row].tolist()
+        values = logits[row, seen]
+        values = torch.where(values > 0, values / repetition, values * repetition)
+        logits[row, seen] = values - frequency * times - presence * (times > 0)
+
+
 def sample(
     logits: torch.Tensor,
     temperature: torch.Tensor,

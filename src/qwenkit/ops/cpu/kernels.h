@@ -6,5 +6,5 @@
 #include "linear.h"
 #include "sample.h"
 
-static const Kernel kernels[QK_KINDS] = {embed,  rms_norm,    quantize, linear,   linear_bf16,
-                                         rotate, write_cache, attend,   silu_mul, add, peaks, sample};
+static const Kernel kernels[QK_KINDS] = {embed,    rms_norm, quantize, linear,   linear_bf16, rotate, write_cache,
+                                         attend,   silu_mul, add,      penalize, peaks,       sample};

@@ -143,6 +143,17 @@ class NativeOps:
         """How many parts of items may be dealt to threads one by one: none where the items alone keep all threads busy."""
         return min(items * parts, MOST_SHARED_PARTS) if parts > 1 and items <= self._counters.shape[0] else 0
 
+    def penalize(
+        self,
+        logits: torch.Tensor,
+        ids: torch.Tensor,
+        counts: torch.Tensor,
+        lengths: torch.Tensor,
+        penalties: torch.Tensor,
+    ) -> None:
+        numbers = (*logits.shape, ids.shape[1])
+        self.executor.submit(Kind.PENALIZE, (logits, ids, counts, lengths, penalties), numbers, writes=(logits,))
+
     def sample(
         self,
         logits: torch.Tensor,

@@ -14,6 +14,7 @@ enum Kind : int32_t {
   QK_ATTEND,
   QK_SILU_MUL,
   QK_ADD,
+  QK_PENALIZE,
   QK_PEAKS,
   QK_SAMPLE,
   QK_KINDS

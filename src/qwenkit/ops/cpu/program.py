@@ -32,8 +32,9 @@ class Kind(IntEnum):
     ATTEND = 7
     SILU_MUL = 8
     ADD = 9
-    PEAKS = 10
-    SAMPLE = 11
+    PENALIZE = 10
+    PEAKS = 11
+    SAMPLE = 12
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-// Choosing a token from each row of logits: temperature, top_k, top_p, min_p, then one draw with a given uniform number. Rows are
-// dealt to threads. The vocabulary is never sorted: top_k selects, and top_p narrows down the weight from which tokens are kept.
+// Choosing a token from each row of logits: penalties, temperature, top_k, top_p, min_p, then one draw with a given uniform number. Rows
+// are dealt to threads. The vocabulary is never sorted: top_k selects, and top_p narrows down the weight from which tokens are kept.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -223,6 +223,22 @@ inline void keep_most(const float* row, const float* weights, int64_t size, doub
     else mass += half, first = middle;
   }
   kept.more.erase(last, kept.more.end());
+}
+
+// p: logits (changed), ids (int64), counts, lengths (int64), penalties (repetition, frequency and presence of each row); n: rows,
+// vocabulary, most ids of a row
+void penalize(const Op& op, int thread, int threads) {
+  const int64_t size = op.n[1], most = op.n[2];
+  for (int64_t row = thread; row < op.n[0]; row += threads) {
+    float* logits = (float*)op.p[0] + row * size;
+    const int64_t *ids = (const int64_t*)op.p[1] + row * most, length = ((const int64_t*)op.p[3])[row];
+    const float *counts = (const float*)op.p[2] + row * most, *penalties = (const float*)op.p[4] + row * 3;
+    for (int64_t i = 0; i < length; i++) {
+      float& logit = logits[ids[i]];
+      logit = logit > 0 ? logit / penalties[0] : logit * penalties[0];
+      if (counts[i] > 0) logit -= penalties[1] * counts[i] + penalties[2];
+    }
+  }
 }
 
 // A row is looked through for its peak in parts, each by the thread that has most likely just written it.
