@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <functional>
 #include <vector>
 
 #include "program.h"
@@ -78,19 +79,34 @@ inline double weigh(const float* row, int64_t size, float peak, float inverse, f
   return total;
 }
 
-// The k likeliest, in no order.
-inline void likeliest(const float* row, int64_t size, int64_t k, std::vector<Candidate>& out) {
+// A row is looked through for its peak in parts, each by the thread that has most likely just written it.
+constexpr int64_t PEAK_PARTS = 64;
+inline int64_t part_start(int64_t size, int64_t part) { return size / 32 * part / PEAK_PARTS * 32; }
+inline int64_t part_end(int64_t size, int64_t part) { return part + 1 == PEAK_PARTS ? size : part_start(size, part + 1); }
+
+// The k likeliest, in no order. k parts of the row have a logit as large as the k-th of their peaks, so nothing below it is among them.
+inline void likeliest(const float* row, int64_t size, const float* peaks, int64_t k, std::vector<Candidate>& out) {
   float bound = -INFINITY;
+  if (k <= PEAK_PARTS) {
+    float sorted[PEAK_PARTS];
+    std::copy(peaks, peaks + PEAK_PARTS, sorted);
+    std::nth_element(sorted, sorted + (k - 1), sorted + PEAK_PARTS, std::greater<float>());
+    bound = std::nextafter(sorted[k - 1], -INFINITY);
+  }
   out.clear();
   const size_t room = 2 * k + 1024;
-  scan(row, size, bound, [&](int64_t id) {
-    out.push_back({row[id], (int32_t)id});
-    if (out.size() == room) {
-      std::nth_element(out.begin(), out.begin() + (k - 1), out.end(), likelier);
-      out.resize(k);
-      bound = out[k - 1].logit;
-    }
-  });
+  for (int64_t part = 0; part < PEAK_PARTS; part++) {
+    const int64_t start = part_start(size, part);
+    if (peaks[part] <= bound) continue;
+    scan(row + start, part_end(size, part) - start, bound, [&](int64_t id) {
+      out.push_back({row[start + id], (int32_t)(start + id)});
+      if (out.size() == room) {
+        std::nth_element(out.begin(), out.begin() + (k - 1), out.end(), likelier);
+        out.resize(k);
+        bound = out[k - 1].logit;
+      }
+    });
+  }
   if ((int64_t)out.size() > k) {
     std::nth_element(out.begin(), out.begin() + (k - 1), out.end(), likelier);
     out.resize(k);
@@ -100,7 +116,7 @@ inline void likeliest(const float* row, int64_t size, int64_t k, std::vector<Can
 constexpr int BOUNDS = 6;  // thresholds that are tried in one pass
 constexpr int64_t BLOCK = 1024;
 constexpr float DEEPEST = 88;  // weights below e^-88 are 0
-constexpr double FEW = 4096;  // tokens that are told apart one by one rather than by another pass
+constexpr double FEW = 1024;  // tokens that are told apart one by one rather than by another pass
 
 // masses[i] = sum of the weights above bounds[i].
 inline void masses_above(const float* weights, int64_t size, const float* bounds, double* masses) {
@@ -241,11 +257,6 @@ void penalize(const Op& op, int thread, int threads) {
   }
 }
 
-// A row is looked through for its peak in parts, each by the thread that has most likely just written it.
-constexpr int64_t PEAK_PARTS = 64;
-inline int64_t part_start(int64_t size, int64_t part) { return size / 32 * part / PEAK_PARTS * 32; }
-inline int64_t part_end(int64_t size, int64_t part) { return part + 1 == PEAK_PARTS ? size : part_start(size, part + 1); }
-
 // p: peaks out (rows, PEAK_PARTS), logits; n: rows, vocabulary
 void peaks(const Op& op, int thread, int threads) {
   const int64_t size = op.n[1];
@@ -270,7 +281,7 @@ inline int64_t draw(const float* row, int64_t size, const float* peaks, float te
   candidates.clear();
   Kept kept = {FLT_MAX, 0, candidates};
   if (top_k > 0 && top_k < size) {
-    likeliest(row, size, top_k, candidates);
+    likeliest(row, size, peaks, top_k, candidates);
     std::sort(candidates.begin(), candidates.end(), likelier);
     double all = 0, mass = 0;
     for (const Candidate& c : candidates) all += weights[c.id] = std::exp((c.logit - peak) * inverse);
