@@ -167,9 +167,8 @@ def adjust(logits: torch.Tensor, sequences: list[Sequence]) -> None:
 def _bias(row: torch.Tensor, sequence: Sequence) -> None:
     bias, device = sequence.params.logit_bias, row.device
     if bias:
-        row[torch.tensor(list(bias), device=device)] += torch.tensor(
-            list(bias.values()), dtype=row.dtype, device=device
-        )
+        ids = torch.tensor(list(bias), device=device)
+        row[ids] += torch.tensor(list(bias.values()), dtype=row.dtype, device=device)
     barred = _barred(sequence)
     if barred and sequence.matcher is None:  # which bars them itself, where that leaves a token
         row[torch.tensor(sorted(barred), device=device)] = -torch.inf
