@@ -23,7 +23,7 @@ from qwenkit.weights.stored import DTYPES, Bytes, StoredTensor
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 CHUNK_ELEMENTS = 1 << 21  # packed at once: its arithmetic needs some tens of megabytes beside the model
 BLOCK = 32  # weights in a block of GGUF's simple types
-# Activations that share a scale where all weights have 8 bits: in longer groups, some with outliers, they lose more than the weights.
+# Activations that share a scale where all weights have 8 bits: with outliers in longer groups they lose more than the weights.
 FINE_GROUP = 32
 
 Blocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes (rows, cols), scales and offsets (rows, groups)
