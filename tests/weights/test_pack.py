@@ -116,13 +116,23 @@ def test_a_tied_head_and_its_embedding_are_one_matrix(tmp_path: Path, weights: s
     assert len(found) == 3 * 7
 
 
-@pytest.mark.parametrize(("weights", "head_group"), [("int8", 32), ("int4", 64)])
+@pytest.mark.parametrize(("weights", "group", "head_group"), [("int8", 32, 16), ("int4", 64, 64)])
 def test_activations_are_rounded_in_short_groups_where_all_weights_have_eight_bits(
-    tmp_path: Path, weights: str, head_group: int
+    tmp_path: Path, weights: str, group: int, head_group: int
 ) -> None:
-    head = loaded(saved(tmp_path, "qwen2", hidden_size=64), weights).get_submodule("lm_head")
-    assert isinstance(head, PackedLinear)
-    assert head.matrix.weight.group == head_group
+    model = loaded(saved(tmp_path, "qwen2", hidden_size=64), weights)
+    found = {name: matrix.weight.group for name, matrix in packed_matrices(model).items()}
+    assert (found["model.layers.0.mlp.up_proj"], found["lm_head"]) == (group, head_group)
+
+
+@pytest.mark.parametrize(
+    ("weights", "heads", "bits"), [("int8", 3, 16), ("int8", 2, 8), ("int4", 3, 4), ("bf16", 3, 16)]
+)
+def test_few_values_keep_16_bits_beside_eight(tmp_path: Path, weights: str, heads: int, bits: int) -> None:
+    sizes = {"hidden_size": 96, "num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": 32}
+    found = packed_matrices(loaded(saved(tmp_path, "qwen3", **sizes), weights))
+    assert found["model.layers.1.self_attn.v_proj"].weight.bits == bits
+    assert found["model.layers.1.self_attn.k_proj"].weight.bits == {"int8": 8, "int4": 4, "bf16": 16}[weights]
 
 
 def test_an_untied_embedding_is_looked_up_in_bfloat16(tmp_path: Path) -> None:

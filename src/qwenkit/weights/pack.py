@@ -23,8 +23,10 @@ from qwenkit.weights.stored import DTYPES, Bytes, StoredTensor
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 CHUNK_ELEMENTS = 1 << 21  # packed at once: its arithmetic needs some tens of megabytes beside the model
 BLOCK = 32  # weights in a block of GGUF's simple types
-# Activations that share a scale where all weights have 8 bits: with outliers in longer groups they lose more than the weights.
-FINE_GROUP = 32
+# Where all weights have 8 bits, activations lose as much as they do: few share a scale, fewer before the head. And the weights of
+# values keep 16 bits where many query heads share a value head, so that they are few. docs/quantize.md has what each brings.
+FINE_GROUP, FINEST_GROUP = 32, 16
+SHARED_VALUES = 3
 
 Blocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes (rows, cols), scales and offsets (rows, groups)
 
@@ -33,11 +35,13 @@ def packing(config: ModelConfig, weights: str) -> Swap:
     """A swap that packs every Linear of a model in the way that `weights` (bf16, int8 or int4) names.
 
     The head keeps 8 bits where the rest has 4, and shares its matrix with a tied embedding; an embedding that is not tied is only
-    looked up and lies in bf16. Routers of experts, and shapes that the layout cannot hold, stay as they are.
+    looked up and lies in bf16, as do values where the rest has 8 bits and they are few. Routers of experts, and shapes that the
+    layout cannot hold, stay as they are.
     """
     bits = BITS[weights]
     head_bits = max(bits, 8)
-    group = FINE_GROUP if bits == 8 else None
+    group, head_group = (FINE_GROUP, FINEST_GROUP) if bits == 8 else (None, None)
+    few_values = bits == 8 and config.num_attention_heads >= SHARED_VALUES * config.num_key_value_heads
     head = Matrix()
 
     def make(name: str, module: nn.Linear | nn.Embedding) -> nn.Module | None:
@@ -46,9 +50,11 @@ def packing(config: ModelConfig, weights: str) -> Swap:
         if name.endswith("gate") or not can_pack(rows, cols, head_bits if tied_head else bits):
             return None
         if isinstance(module, nn.Embedding):
-            return PackedEmbedding(head if tied_head else Matrix(), packer(head_bits if tied_head else 16, group))
+            return PackedEmbedding(head if tied_head else Matrix(), packer(head_bits if tied_head else 16, head_group))
         if name == "lm_head":
-            return PackedLinear(module, head if tied_head else Matrix(), packer(head_bits, group))
+            return PackedLinear(module, head if tied_head else Matrix(), packer(head_bits, head_group))
+        if name.endswith("v_proj") and few_values:
+            return PackedLinear(module, Matrix(), packer(16))
         return PackedLinear(module, Matrix(), packer(bits, group))
 
     return make

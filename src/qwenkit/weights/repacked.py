@@ -39,7 +39,7 @@ from qwenkit.weights.stored import DTYPE_NAMES, DTYPES
 logger = logging.getLogger(__name__)
 
 LAYOUT_VERSION = (
-    2  # raise it with every change of the packed layout, of how values are packed, or of this file's format
+    3  # raise it with every change of the packed layout, of how values are packed, or of this file's format
 )
 SMALLEST = 32 << 20  # bytes; packing fewer takes no time worth a file
 LARGEST_FOLDER = 64 << 30  # bytes of all packed models together
