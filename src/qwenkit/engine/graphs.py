@@ -1,7 +1,7 @@
 """Decode without Python in the loop: a step in which every row computes one token is recorded once for each batch size, and
 replayed as one native call.
 
-In: the rows of a step. Out: their logits, and their next tokens where these are drawn from the logits as they are. The model's
+In: the rows of a step. Out: their logits, and their next tokens where nothing but penalties changes the logits first. The model's
 own code is recorded while it runs on fixed input tensors; a replay writes new ids, positions, slots and block tables into the
 same tensors. Whatever is not a native op cannot be replayed, so recording watches for it: such a model is run the ordinary way.
 """

@@ -119,19 +119,17 @@ class Penalties:
 
     def write(self, sequences: list[Sequence]) -> None:
         """Say which tokens of the first rows are to be less likely, and by how much."""
-        penalised = [sequence for sequence in sequences if _is_penalised(sequence.params)]
+        penalised = [(row, sequence) for row, sequence in enumerate(sequences) if _is_penalised(sequence.params)]
         if not penalised and not self._written:
             return
         self._lengths[:] = 0
         self._written = bool(penalised)
-        for row, sequence in enumerate(sequences):
-            params = sequence.params
-            if not _is_penalised(params):
-                continue
+        for row, sequence in penalised:
             ids, counts = sequence.token_counts.of(sequence.tokens, sequence.num_prompt)
             self._lengths[row] = ids.shape[0]
             self._ids[row, : ids.shape[0]] = ids
             self._counts[row, : ids.shape[0]] = counts
+            params = sequence.params
             self._penalties[row] = params.repetition_penalty or 1.0, params.frequency_penalty, params.presence_penalty
 
 
