@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import os
 import resource
 import subprocess
@@ -118,11 +119,11 @@ def main() -> int:
     if sys.argv[1:2] == ["ours"]:
         print(json.dumps(ours(json.loads(sys.argv[2]))))
         return 0
-    data = Path(__file__).resolve().parents[2] / "shared" / "data" / "sft" / "alpaca_zh_demo.json"
+    data = Path(__file__).resolve().parents[1] / "tests" / "data" / "sft" / "alpaca_zh_demo.json.xz"
     parser = argparse.ArgumentParser(description="LoRA training on the CPU against transformers + PEFT + TRL.")
     parser.add_argument("--peer-python", required=True, help="python of an environment with torch, peft and trl")
     parser.add_argument("--model", default="smollm2", help="whatever qwenkit can export in float32")
-    parser.add_argument("--data", type=Path, default=data, help="a file of samples (alpaca, messages, …)")
+    parser.add_argument("--data", type=Path, default=data, help="a file of samples (alpaca, messages, …), .xz or not")
     parser.add_argument("--pack", type=int, default=1024, help="tokens of a pack, which is a step")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=1)
@@ -138,12 +139,16 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="qwenkit-") as name:
         folder = Path(name)
+        samples = flags.data.resolve()
+        if samples.suffix == ".xz":
+            samples = folder / samples.stem
+            samples.write_bytes(lzma.decompress(flags.data.read_bytes()))
         exported = folder / "model"
         command = [sys.executable, "-m", "qwenkit", "export", "--model", flags.model, "--output", str(exported)]
         subprocess.run([*command, "--dtype", "float32"], check=True, stdout=sys.stderr)
         given: dict[str, Any] = {
             "model": str(exported),
-            "data": str(flags.data.resolve()),
+            "data": str(samples),
             "pack": flags.pack,
             "steps": flags.steps,
             "threads": flags.threads,

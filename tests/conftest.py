@@ -1,8 +1,11 @@
 """Fixtures shared by every test folder."""
 
+import lzma
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from qwenkit import ops
 from qwenkit.ops.cpu.library import INSTRUCTION_SETS, open_library
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"
 
 # The same examples in every run, so that a red run says something about the change at hand; HYPOTHESIS_PROFILE=search looks for
 # new ones.
@@ -47,18 +51,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def fixtures() -> Path:
-    """Golden files that travel with the project."""
-    return ROOT / "tests" / "fixtures"
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Data too large to travel with the project: a `shared` folder beside the checkout."""
-    folder = ROOT.parent / "shared"
-    if not folder.is_dir():
-        pytest.skip(f"needs the data folder {folder.name}/ beside the checkout")
-    return folder
+def data_folder() -> Iterator[Path]:
+    """A copy of tests/data in a temporary folder, with its .xz files decompressed. Each xdist worker has its own."""
+    with TemporaryDirectory(prefix="qwenkit-tests-") as name:
+        for source in DATA.rglob("*"):
+            target = Path(name) / source.relative_to(DATA)
+            if source.is_dir():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.suffix == ".xz":
+                target.with_suffix("").write_bytes(lzma.decompress(source.read_bytes()))
+            else:
+                shutil.copyfile(source, target)
+        yield Path(name)
 
 
 @pytest.fixture(scope="module", params=INSTRUCTION_SETS)

@@ -151,10 +151,10 @@ def test_requests_of_different_ntk_stretch_share_no_blocks(make_engine: MakeEngi
     assert deltas[0].num_cached_tokens == 8
 
 
-def test_cached_decode_equals_the_original_qwen1(make_engine: MakeEngine, fixtures: Path) -> None:
+def test_cached_decode_equals_the_original_qwen1(make_engine: MakeEngine, data_folder: Path) -> None:
     """Prefill of 7 tokens, then one at a time to 20: the stretch stays that of the prompt while LogN sets in."""
-    tensors = load_file(fixtures / "qwen1_tiny_golden.safetensors")
-    config = json.loads((fixtures / "qwen1_tiny_golden.json").read_text())["config"]
+    tensors = load_file(data_folder / "qwen1_tiny_golden.safetensors")
+    config = json.loads((data_folder / "qwen1_tiny_golden.json").read_text())["config"]
     model = Qwen(ModelConfig.from_dict({"model_type": "qwen", **config}))
     model.load_state_dict(qwen1_names({k[2:]: v for k, v in tensors.items() if k.startswith("w.")}))
     ids = tensors["ids"].flatten()[:20].tolist()

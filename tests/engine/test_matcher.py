@@ -125,9 +125,9 @@ def test_control_tokens_are_no_text_and_padding_is_nothing(tokenizer: Tokenizer)
     assert padding.error is not None
 
 
-def test_a_vocabulary_of_full_size(shared: Path) -> None:
+def test_a_vocabulary_of_full_size(data_folder: Path) -> None:
     """Real merges: text is cut as the model would, tags are tokens of their own, and Qwen-1's ids go the same way."""
-    tokenizer = Tokenizer.from_folder(shared / "tokenizer")
+    tokenizer = Tokenizer.from_folder(data_folder / "tokenizer")
     end = tokenizer.special_tokens["<|im_end|>"]
     grammars = Grammars(tokenizer, 151_936, [end])
     call = Grammar("lark", 'start: <tool_call> "\\n" %json {"const": {"name": "weather"}} "\\n" </tool_call>')
@@ -153,8 +153,8 @@ def test_a_vocabulary_of_full_size(shared: Path) -> None:
     assert tokenizer.decode(written) == decomposed
 
 
-def test_the_vocabulary_of_qwen1(shared: Path, tmp_path: Path) -> None:
-    ranks = Tokenizer.from_folder(shared / "tokenizer")
+def test_the_vocabulary_of_qwen1(data_folder: Path, tmp_path: Path) -> None:
+    ranks = Tokenizer.from_folder(data_folder / "tokenizer")
     lines = (base64.b64encode(ranks.token_bytes(rank)) + b" %d\n" % rank for rank in range(151_643))
     (tmp_path / "qwen.tiktoken").write_bytes(b"".join(lines))
     tokenizer = Tokenizer.from_folder(tmp_path)

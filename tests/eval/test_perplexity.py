@@ -207,10 +207,10 @@ def test_weight_bytes(llm: LLM) -> None:
     assert weight_bytes(llm.model) == sum(parameter.nbytes for parameter in llm.model.parameters())
 
 
-def test_wikitext_is_the_published_text(shared: Path) -> None:
+def test_wikitext_is_the_published_text(data_folder: Path) -> None:
     """Its 4,358 rows as datasets gives them are 299,078 tokens to Qwen2."""
     from qwenkit.text.tokenizer import Tokenizer
 
-    text = read_text(shared / "data" / "wikitext2" / "wiki.test.raw")
-    assert len(Tokenizer.from_folder(shared / "tokenizer").encode(text)) == 299_078
+    text = read_text(data_folder / "wikitext2" / "wiki.test.raw")
+    assert len(Tokenizer.from_folder(data_folder / "tokenizer").encode(text)) == 299_078
     assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")

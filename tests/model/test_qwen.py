@@ -114,8 +114,8 @@ class Golden:
 
 
 @pytest.fixture(scope="module")
-def golden(fixtures: Path) -> Golden:
-    return Golden(fixtures)
+def golden(data_folder: Path) -> Golden:
+    return Golden(data_folder)
 
 
 @torch.no_grad()

@@ -204,11 +204,11 @@ def test_a_run_that_was_stopped_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "straight"]
 
 
-def test_the_first_qwen_keeps_its_names(tmp_path: Path, fixtures: Path) -> None:
+def test_the_first_qwen_keeps_its_names(tmp_path: Path, data_folder: Path) -> None:
     """q, k and v in one c_attn, as its own tools have it."""
     source = tmp_path / "source"
     source.mkdir()
-    config = json.loads((fixtures / "qwen1_tiny_golden.json").read_text())["config"]
+    config = json.loads((data_folder / "qwen1_tiny_golden.json").read_text())["config"]
     config |= {"model_type": "qwen", "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
     torch.manual_seed(0)
     joined: dict[str, list[torch.Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Tokenizers for the text tests: the Qwen3 one (needs the data folder), Qwen-1's rebuilt from it, and a tiny one."""
+"""Tokenizers for the text tests: the Qwen3 one (of tests/data), Qwen-1's rebuilt from it, and a tiny one."""
 
 import base64
 import json
@@ -33,22 +33,22 @@ def strings() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(shared: Path) -> Tokenizer:
-    return Tokenizer.from_folder(shared / "tokenizer")
+def tokenizer(data_folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(data_folder / "tokenizer")
 
 
 @pytest.fixture(scope="session")
-def tokenizer_json(shared: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((shared / "tokenizer" / "tokenizer.json").read_text("utf-8"))
+def tokenizer_json(data_folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((data_folder / "tokenizer" / "tokenizer.json").read_text("utf-8"))
     return data
 
 
 @pytest.fixture(scope="session")
-def reference(shared: Path) -> Any:
+def reference(data_folder: Path) -> Any:
     """transformers' tokenizer of the same folder."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(shared / "tokenizer")
+    return AutoTokenizer.from_pretrained(data_folder / "tokenizer")
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ QWEN3 = """{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\
 
 
 @pytest.fixture(scope="module")
-def hermes(tokenizer: Tokenizer, fixtures: Path) -> AnswerFormat:
-    return AnswerFormat.of(tokenizer, JinjaChat(tokenizer, (fixtures / "templates" / "qwen2.5.jinja").read_text()))
+def hermes(tokenizer: Tokenizer, data_folder: Path) -> AnswerFormat:
+    return AnswerFormat.of(tokenizer, JinjaChat(tokenizer, (data_folder / "templates" / "qwen2.5.jinja").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +217,8 @@ def test_react_text_that_is_no_call(react: AnswerFormat, call: str) -> None:
     assert read(react, f"Thought: hm\n{call}") == [("reasoning", "hm", 0), ("content", call, 0)]
 
 
-def test_formats_without_known_tools(tokenizer: Tokenizer, fixtures: Path) -> None:
-    plain = AnswerFormat.of(tokenizer, JinjaChat(tokenizer, (fixtures / "templates" / "qwen2.jinja").read_text()))
+def test_formats_without_known_tools(tokenizer: Tokenizer, data_folder: Path) -> None:
+    plain = AnswerFormat.of(tokenizer, JinjaChat(tokenizer, (data_folder / "templates" / "qwen2.jinja").read_text()))
     coder = AnswerFormat.of(tokenizer, JinjaChat(tokenizer, "<tool_call>\n<function=f>"))
     assert plain.tool_style is coder.tool_style is None
     with pytest.raises(ValueError, match="no tool calls"):

@@ -62,9 +62,9 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="session")
-def templates(shared: Path, fixtures: Path) -> dict[str, str]:
-    config = json.loads((shared / "tokenizer" / "tokenizer_config.json").read_text("utf-8"))
-    official = {path.stem: path.read_text("utf-8") for path in (fixtures / "templates").glob("*.jinja")}
+def templates(data_folder: Path) -> dict[str, str]:
+    config = json.loads((data_folder / "tokenizer" / "tokenizer_config.json").read_text("utf-8"))
+    official = {path.stem: path.read_text("utf-8") for path in (data_folder / "templates").glob("*.jinja")}
     return {"qwen3": config["chat_template"], **official}
 
 

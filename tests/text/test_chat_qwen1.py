@@ -19,8 +19,8 @@ HISTORY = [
 
 
 @pytest.fixture(scope="module")
-def golden(fixtures: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((fixtures / "qwen1_text_golden.json").read_text("utf-8"))
+def golden(data_folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((data_folder / "qwen1_text_golden.json").read_text("utf-8"))
     return data
 
 

@@ -19,12 +19,12 @@ def test_ids_equal_transformers(tokenizer: Tokenizer, reference: Any, strings: l
 
 
 def test_plain_ids_equal_transformers_with_split_special_tokens(
-    tokenizer: Tokenizer, shared: Path, strings: list[str]
+    tokenizer: Tokenizer, data_folder: Path, strings: list[str]
 ) -> None:
     from transformers import PreTrainedTokenizerFast
 
     plain = PreTrainedTokenizerFast(
-        tokenizer_file=str(shared / "tokenizer" / "tokenizer.json"), split_special_tokens=True
+        tokenizer_file=str(data_folder / "tokenizer" / "tokenizer.json"), split_special_tokens=True
     )
     for text in strings:
         ids = tokenizer.encode(text)

@@ -26,8 +26,8 @@ NOW = '<tool_call>\n{"name": "n\\"ow€", "arguments": {}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
-def guide(shared: Path) -> Any:
-    return llguidance.LLTokenizer((shared / "tokenizer" / "tokenizer.json").read_text("utf-8"))
+def guide(data_folder: Path) -> Any:
+    return llguidance.LLTokenizer((data_folder / "tokenizer" / "tokenizer.json").read_text("utf-8"))
 
 
 def allowed(guide: Any, grammar: str, ids: list[int]) -> bool:

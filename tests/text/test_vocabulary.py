@@ -18,13 +18,13 @@ def merges(tokenizer_json: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def slow_folder(
-    shared: Path, tokenizer_json: dict[str, Any], merges: list[str], tmp_path_factory: pytest.TempPathFactory
+    data_folder: Path, tokenizer_json: dict[str, Any], merges: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """vocab.json + merges.txt, as Qwen2's slow tokenizer has them."""
     folder = tmp_path_factory.mktemp("slow")
     (folder / "vocab.json").write_text(json.dumps(tokenizer_json["model"]["vocab"], ensure_ascii=False), "utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
-    shutil.copyfile(shared / "tokenizer" / "tokenizer_config.json", folder / "tokenizer_config.json")
+    shutil.copyfile(data_folder / "tokenizer" / "tokenizer_config.json", folder / "tokenizer_config.json")
     return folder
 
 

@@ -162,7 +162,7 @@ def test_a_tiny_model(tmp_path: Path, method: str) -> None:
 
 
 @pytest.fixture
-def alpaca(shared: Path, tmp_path: Path) -> TrainConfig:
+def alpaca(data_folder: Path, tmp_path: Path) -> TrainConfig:
     """The default model on short samples of alpaca_zh."""
     try:
         find_model("smollm2", progress=False)
@@ -171,7 +171,7 @@ def alpaca(shared: Path, tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         model="smollm2",
         dataset=("alpaca_zh_demo",),
-        dataset_dir=str(shared / "data" / "sft"),
+        dataset_dir=str(data_folder / "sft"),
         output_dir=str(tmp_path / "ours"),
         cache_dir=str(tmp_path / "cache"),
         cutoff_len=128,

@@ -113,9 +113,11 @@ def test_a_reward_model_is_learned(words: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "dataset"), [("dpo", "dpo_en_demo"), ("rm", "dpo_en_demo"), ("kto", "kto_en_demo")])
-def test_the_demo_data_of_preferences(words: list[str], shared: Path, tmp_path: Path, stage: str, dataset: str) -> None:
+def test_the_demo_data_of_preferences(
+    words: list[str], data_folder: Path, tmp_path: Path, stage: str, dataset: str
+) -> None:
     settings = ("max_samples=12", "max_steps=2", "cutoff_len=250", "overlong=truncate")
-    invoke(*words, f"stage={stage}", f"dataset={dataset}", f"dataset_dir={shared / 'data' / 'sft'}", *settings)
+    invoke(*words, f"stage={stage}", f"dataset={dataset}", f"dataset_dir={data_folder / 'sft'}", *settings)
     records = log(tmp_path / "out")
     assert [record["current_steps"] for record in records] == [1, 2]
     assert all(record["loss"] > 0 for record in records)

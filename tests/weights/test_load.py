@@ -72,19 +72,19 @@ def test_dtype(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def qwen1_folder(folder: Path, fixtures: Path, **changes: Any) -> dict[str, torch.Tensor]:
-    golden = json.loads((fixtures / "qwen1_tiny_golden.json").read_text())
+def qwen1_folder(folder: Path, data_folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    golden = json.loads((data_folder / "qwen1_tiny_golden.json").read_text())
     config = golden["config"] | {"model_type": "qwen", "no_bias": True, "tie_word_embeddings": False} | changes
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(fixtures / "qwen1_tiny_golden.safetensors")
+    tensors = load_file(data_folder / "qwen1_tiny_golden.safetensors")
     weights = {name.removeprefix("w."): tensor for name, tensor in tensors.items() if name.startswith("w.")}
     save_file(weights, folder / "model.safetensors")
     return tensors
 
 
-def test_qwen1(tmp_path: Path, fixtures: Path) -> None:
+def test_qwen1(tmp_path: Path, data_folder: Path) -> None:
     """Every parameter from the original's names, and the original's logits out of them."""
-    golden = qwen1_folder(tmp_path, fixtures)
+    golden = qwen1_folder(tmp_path, data_folder)
     model = load_model(tmp_path)
     layer = model.model.layers[1]
     fused = golden["w.transformer.h.1.attn.c_attn.weight"]
@@ -276,9 +276,9 @@ def test_progress_is_silent_without_a_terminal(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_configuration_decides_which_names_are_foreign(tmp_path: Path, fixtures: Path) -> None:
+def test_the_configuration_decides_which_names_are_foreign(tmp_path: Path, data_folder: Path) -> None:
     """Qwen-1's names under another model_type are surplus, not guessed at."""
-    qwen1_folder(tmp_path, fixtures)
+    qwen1_folder(tmp_path, data_folder)
     config = ModelConfig.from_dict(json.loads((tmp_path / "config.json").read_text()))
     assert config.intermediate_size == 48
     changed = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "qwen2", "intermediate_size": 48}

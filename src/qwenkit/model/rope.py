@@ -3,7 +3,7 @@
 In: positions (T,) and, for Qwen-1, a stretch `alpha` per token that the request's context decides.
 Out: cos and sin (T, rotary_dim / 2) in fp32, computed once a forward pass and shared by all layers.
 Sources: RoFormer (arXiv 2104.09864); linear interpolation (2306.15595); YaRN (2309.00071); dynamic NTK and LogN as the original
-Qwen-1 code computes them (fixtures in the tests).
+Qwen-1 code computes them (golden data in the tests).
 """
 
 from __future__ import annotations

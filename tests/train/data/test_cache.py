@@ -164,9 +164,9 @@ def test_policies(write: Write, config_of: ConfigOf, tokenizer: Tokenizer, chat:
         batches(bad_samples="drop", overlong="error")
 
 
-def test_the_demo_sets_are_clean(shared: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_folder(shared / "tokenizer")
-    template = json.loads((shared / "tokenizer" / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+def test_the_demo_sets_are_clean(data_folder: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(data_folder / "tokenizer")
+    template = json.loads((data_folder / "tokenizer" / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
     chat = JinjaChat(tokenizer, template)
     for stage, names in {
         "sft": ("identity", "alpaca_zh_demo", "glaive_toolcall_en_demo"),
@@ -174,7 +174,7 @@ def test_the_demo_sets_are_clean(shared: Path, tmp_path: Path) -> None:
         "kto": ("kto_en_demo",),
         "pt": ("c4_demo",),
     }.items():
-        folder = str(shared / "data" / "sft")
+        folder = str(data_folder / "sft")
         config = TrainConfig(stage=stage, dataset=names, dataset_dir=folder, max_samples=25, cutoff_len=8192)
         report = check(config, tokenizer, chat)
         assert report.num_errors == 0, str(report)

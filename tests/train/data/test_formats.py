@@ -225,7 +225,7 @@ def test_a_registry_that_is_none(tmp_path: Path, content: bytes, message: str) -
         find_sources(["a"], tmp_path)
 
 
-def test_the_demo_registry_is_understood(shared: Path) -> None:
+def test_the_demo_registry_is_understood(data_folder: Path) -> None:
     names = [
         "identity",
         "alpaca_zh_demo",
@@ -235,4 +235,4 @@ def test_the_demo_registry_is_understood(shared: Path) -> None:
         "wiki_demo",
         "c4_demo",
     ]
-    assert [source.name for source in find_sources(names, shared / "data" / "sft")] == names
+    assert [source.name for source in find_sources(names, data_folder / "sft")] == names

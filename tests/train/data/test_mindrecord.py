@@ -29,8 +29,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         return list(reader.rows())
 
 
-def test_a_file_of_several_pages(shared: Path) -> None:
-    rows = rows_of(shared / "fixtures" / "mp.mindrecord")
+def test_a_file_of_several_pages(data_folder: Path) -> None:
+    rows = rows_of(data_folder / "mindspore" / "mp.mindrecord")
     assert len(rows) == 40
     assert all(set(row) == {"input_ids", "target_ids"} for row in rows)
     values = np.concatenate([row["input_ids"] for row in rows])
@@ -39,8 +39,8 @@ def test_a_file_of_several_pages(shared: Path) -> None:
     }
 
 
-def test_columns_of_every_kind(shared: Path) -> None:
-    first = shared / "fixtures" / "bulk.mindrecord0"
+def test_columns_of_every_kind(data_folder: Path) -> None:
+    first = data_folder / "mindspore" / "bulk.mindrecord0"
     assert [path.name for path in partitions(first)] == ["bulk.mindrecord0", "bulk.mindrecord1"]
     rows = [row for path in partitions(first) for row in rows_of(path)]
     assert [row["label"] for row in rows] == [0, 1, 2, 3, 4]
@@ -52,9 +52,9 @@ def test_columns_of_every_kind(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mp.mindrecord", "two.mindrecord0"])
-def test_writing_gives_mindspores_bytes(shared: Path, tmp_path: Path, name: str) -> None:
+def test_writing_gives_mindspores_bytes(data_folder: Path, tmp_path: Path, name: str) -> None:
     """Pages, index and header, apart from the order of the header's keys, are those of the file that was read."""
-    files = partitions(shared / "fixtures" / name)
+    files = partitions(data_folder / "mindspore" / name)
     with MindRecordReader(files[0]) as reader:
         schema = reader.schema
     rows = [row for path in files for row in rows_of(path)]
@@ -112,8 +112,8 @@ def test_messages_there_and_back(values: dict[str, Any]) -> None:
     assert unpack_message(pack_message(values)) == values
 
 
-def test_damaged_files_are_named(shared: Path, tmp_path: Path) -> None:
-    data = (shared / "fixtures" / "mp.mindrecord").read_bytes()
+def test_damaged_files_are_named(data_folder: Path, tmp_path: Path) -> None:
+    data = (data_folder / "mindspore" / "mp.mindrecord").read_bytes()
     path = tmp_path / "x.mindrecord"
     for broken in (b"", data[:100], data[:20000], data[:16390] + b"\xff" * 20 + data[16410:]):
         path.write_bytes(broken)

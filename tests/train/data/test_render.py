@@ -119,9 +119,9 @@ def test_pairs_learn_the_last_answer(tokenizer: Tokenizer, chat: JinjaChat) -> N
     assert (pair.rejected, pair.liked, shown(tokenizer, pair.chosen)[1]) == (None, False, "d<|im_end|>")
 
 
-def test_qwen1_equals_finetune_py(shared: Path, fixtures: Path) -> None:
-    tokenizer = Tokenizer.from_folder(shared / "tokenizer")
-    golden = json.loads((fixtures / "qwen1_text_golden.json").read_text("utf-8"))
+def test_qwen1_equals_finetune_py(data_folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(data_folder / "tokenizer")
+    golden = json.loads((data_folder / "qwen1_text_golden.json").read_text("utf-8"))
     case = golden["finetune.preprocess"]
     messages = tuple({"role": turn["from"], "content": turn["value"]} for turn in case["conversations"])
     renderer = Renderer(replace(CONFIG, labels="qwen1"), tokenizer, None)
