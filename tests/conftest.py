@@ -39,17 +39,6 @@ def pytest_sessionstart() -> None:
 torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it brings
 
 
-# Tests of real processes, sockets and browsers wait for the clock, which a busy machine can make too short: they get another
-# try. Not among the long proofs of QWENKIT_SLOW: a second try of those takes many minutes.
-WITH_A_CLOCK = ("tests/serve/", "tests/train/", "tests/cli/", "tests/engine/test_grammar")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.startswith(WITH_A_CLOCK) and not os.environ.get("QWENKIT_SLOW"):
-            item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=1))
-
-
 @pytest.fixture(scope="session")
 def data_folder() -> Iterator[Path]:
     """A copy of tests/data in a temporary folder, with its .xz files decompressed. Each xdist worker has its own."""

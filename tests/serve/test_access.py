@@ -47,7 +47,7 @@ def test_every_route_needs_a_key_but_the_written_list(live_server: StartServer) 
             {"x-api-key": KEY[:-1]},
             {"x-api-key": b"\xd0\xba\xff"},
         ):
-            status = httpx.request(method, live.url + path, headers=headers).status_code
+            status = httpx.request(method, live.url + path, headers=headers, timeout=60).status_code
             if path in OPEN_ROUTES:
                 assert status == 200, (method, path)
             else:
@@ -129,16 +129,16 @@ def test_cors_is_off_unless_an_origin_is_named(live_server: StartServer) -> None
     off = live_server(api_key=(KEY,))
     answer = off.get("/v1/models", headers=bearer(KEY) | {"Origin": origin})
     assert not [name for name in answer.headers if name.startswith("access-control")]
-    assert httpx.options(off.url + "/v1/chat/completions", headers=ask).status_code == 401
+    assert httpx.options(off.url + "/v1/chat/completions", headers=ask, timeout=60).status_code == 401
     on = live_server(api_key=(KEY,), cors_origin=(origin,))
-    answer = httpx.options(on.url + "/v1/chat/completions", headers=ask)
+    answer = httpx.options(on.url + "/v1/chat/completions", headers=ask, timeout=60)
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == origin
     assert "access-control-allow-credentials" not in answer.headers
     answer = on.get("/v1/models", headers=bearer(KEY) | {"Origin": origin})
     assert answer.headers["access-control-allow-origin"] == origin
     assert on.get("/v1/models", headers={"Origin": origin}).headers["access-control-allow-origin"] == origin
-    stranger = httpx.options(on.url + "/v1/models", headers=ask | {"Origin": "https://evil.example"})
+    stranger = httpx.options(on.url + "/v1/models", headers=ask | {"Origin": "https://evil.example"}, timeout=60)
     assert "access-control-allow-origin" not in stranger.headers
 
 
@@ -159,12 +159,12 @@ def test_bodies_are_capped_whether_they_say_their_length_or_not(live_server: Sta
 def test_a_body_that_never_comes_is_not_waited_for(live_server: StartServer) -> None:
     live = live_server(header_timeout=0.3)
     with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as client:
-        client.settimeout(10)
+        client.settimeout(60)
         client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
                        b"Content-Type: application/json\r\n\r\n{")  # fmt: skip
         began = time.monotonic()
         assert b" 408 " in client.recv(100)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
 
 
 def test_requests_a_minute(live_server: StartServer) -> None:
@@ -211,7 +211,7 @@ def test_refusals_have_one_shape(
 ) -> None:
     live = live_server(admin_key=ADMIN)
     headers = bearer(ADMIN) | {"content-type": "application/json"}
-    answer = httpx.request(method, live.url + path, content=body, headers=headers)
+    answer = httpx.request(method, live.url + path, content=body, headers=headers, timeout=60)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -43,11 +44,10 @@ def text_of(deltas: list[Delta], index: int = 0) -> str:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if holds():
-            return
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come true in time"
         await asyncio.sleep(0.005)
-    pytest.fail("it did not come true in time")
 
 
 def test_streams_say_what_the_engine_said(tokenizer: Tokenizer) -> None:
@@ -111,7 +111,7 @@ def test_a_closed_stream_leaves_the_engine_within_a_step(tokenizer: Tokenizer, p
     async def main() -> None:
         engine = ScriptedEngine(tokenizer, ["x" * 2000], max_num_seqs=1, seconds=0.002)
         async with driving(engine) as driver:
-            other = asyncio.create_task(collect(driver, [1], SamplingParams(max_tokens=400)))
+            other = asyncio.create_task(collect(driver, [1], SamplingParams(max_tokens=1900)))
             await until(lambda: driver.num_running == 1)
             if place == "queued":
                 task = asyncio.create_task(collect(driver, [2]))
@@ -135,21 +135,29 @@ def test_a_closed_stream_leaves_the_engine_within_a_step(tokenizer: Tokenizer, p
     asyncio.run(main())
 
 
-def test_a_stuck_engine_is_not_healthy_and_an_idle_one_is(tokenizer: Tokenizer) -> None:
+def test_a_stuck_engine_is_not_healthy_and_an_idle_one_is(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwenkit.serve.driver.IDLE_BEAT", 0.01)
+
     async def main() -> None:
         engine = ScriptedEngine(tokenizer)
-        async with driving(engine, stall_timeout=0.7) as driver:
-            await asyncio.sleep(1.0)
+        async with driving(engine, stall_timeout=30.0) as driver:
+            beats: set[float] = set()
+            await until(lambda: beats.add(driver._beat) or len(beats) > 3)
             assert driver.healthy, "idle"
             engine.gate.clear()
             task = asyncio.create_task(collect(driver, [1]))
+            await until(lambda: engine.has_work)
+            driver.stall_timeout = 0.1
             await until(lambda: not driver.healthy)
             with pytest.raises(ApiError) as caught:
                 await collect(driver, [2])
             assert caught.value.status == 503
+            driver.stall_timeout = 30.0
             engine.gate.set()
             assert text_of(await task) == "Hello!"
-            assert driver.healthy
+            await until(lambda: driver.healthy)
 
     asyncio.run(main())
 
@@ -174,15 +182,16 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(tokenizer: Tokenizer)
     async def main() -> None:
         engine = ScriptedEngine(tokenizer, ["x" * 50], seconds=0.002)
         async with driving(engine) as driver:
-            running = asyncio.create_task(collect(driver, [1]))
-            await until(lambda: driver.num_running == 1)
-            draining = asyncio.create_task(driver.drain(5))
+            running = driver.stream([1], PARAMS)
+            deltas = [await anext(running)]
+            draining = asyncio.create_task(driver.drain(60))
             await asyncio.sleep(0)
             with pytest.raises(ApiError, match="shutting down") as caught:
                 await collect(driver, [1])
             assert caught.value.status == 503
+            deltas += [delta async for delta in running]
             assert await draining
-            assert text_of(await running) == "x" * 50
+            assert text_of(deltas) == "x" * 50
 
     asyncio.run(main())
 

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from qwenkit.cli.main import cli
 from qwenkit.serve.config import ServeConfig
+from tests.serve.conftest import asking, wait_until
 from tests.tiny_models import write_model
 
 Serve = Callable[..., tuple["subprocess.Popen[str]", str]]
@@ -56,7 +57,7 @@ def serve(folder: Path, tmp_path: Path) -> Iterator[Serve]:
 
 def test_sigterm_lets_running_requests_finish(serve: Serve, folder: Path) -> None:
     process, url = serve("--log-format", "json", "--drain-timeout", "300")
-    assert folder.name in httpx.get(url + "/v1/models").json()["data"][0]["id"]
+    assert folder.name in httpx.get(url + "/v1/models", timeout=60).json()["data"][0]["id"]
     body: dict[str, Any] = {
         "model": folder.name,
         "prompt": "Hi",
@@ -72,8 +73,7 @@ def test_sigterm_lets_running_requests_finish(serve: Serve, folder: Path) -> Non
 
     thread = threading.Thread(target=listen)
     thread.start()
-    while httpx.get(url + "/ready", timeout=60).json()["running"] == 0:
-        time.sleep(0.01)
+    wait_until(lambda: httpx.get(url + "/ready", timeout=60).json()["running"] == 1)
     process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 60
     while (ready := httpx.get(url + "/ready", timeout=60)).status_code == 200 and time.monotonic() < deadline:
@@ -101,47 +101,49 @@ def test_a_drain_that_takes_too_long_ends_with_an_error(serve: Serve, folder: Pa
         process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
     assert '"code":"shutting_down"' in rest[-1], "it is told, not just cut off"
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_second_signal_ends_at_once(serve: Serve, folder: Path) -> None:
     process, url = serve()
     body = {"model": folder.name, "prompt": "Hi", "max_tokens": 2000, "ignore_eos": True, "n": 16}
-    with httpx.Client() as client, pytest.raises(httpx.ReadTimeout):
-        client.post(url + "/v1/completions", json=body, timeout=0.3)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
+    with asking(url + "/v1/completions", body):
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).json()["running"] == 1)
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 503)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
 
 
 def test_keys_of_the_environment_open_the_network(serve: Serve) -> None:
     _, url = serve("--host", "0.0.0.0", QWENKIT_API_KEYS="k1,k2")
     url = url.replace("0.0.0.0", "127.0.0.1")
-    assert httpx.get(url + "/v1/models").status_code == 401
-    assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer k2"}).status_code == 200
+    assert httpx.get(url + "/v1/models", timeout=60).status_code == 401
+    assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer k2"}, timeout=60).status_code == 200
 
 
 def test_connections_that_say_nothing_or_too_much_are_closed(serve: Serve) -> None:
     _, url = serve("--header-timeout", "0.5", "--max-connections", "20")
     address = ("127.0.0.1", int(url.rpartition(":")[2]))
     for first in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "):
-        with socket.create_connection(address, timeout=10) as client:
+        began = time.monotonic()
+        with socket.create_connection(address, timeout=60) as client:
             client.sendall(first)
-            began = time.monotonic()
             assert client.recv(100) == b"", "it is closed without an answer"
-            assert 0.3 < time.monotonic() - began < 5
-    with socket.create_connection(address, timeout=10) as client:
+            assert 0.4 < time.monotonic() - began < 30
+    with socket.create_connection(address, timeout=60) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
         with pytest.raises(OSError), client:  # noqa: PT011, PT012
             for _ in range(200):
                 client.sendall(b"x" * 65536)
                 time.sleep(0.001)
-    many = [socket.create_connection(address, timeout=10) for _ in range(40)]
-    time.sleep(0.8)
+    many = [socket.create_connection(address, timeout=60) for _ in range(40)]
     for client in many:
-        client.close()
-    assert httpx.get(url + "/health").status_code == 200
+        with client:
+            assert client.recv(100) == b"", (
+                "closed at once where it is one too many, after the time for a head where not"
+            )
+    assert httpx.get(url + "/health", timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize(

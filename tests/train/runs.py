@@ -128,16 +128,23 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.parts.parameters.items()}
 
 
+class Telling(JsonLines):
+    """Says on standard output that a step is done."""
+
+    def step(self, step: int, record: Record) -> None:
+        super().step(step, record)
+        print("step", flush=True)
+
+
 def main(folder: Path, steps: int) -> None:
     torch.set_num_threads(1)
     run = config(folder, max_steps=steps, save_steps=2, save_total_limit=2, ema=0.9, gradient_accumulation_steps=2)
-    trainer = Trainer(run, parts(), JsonLines(folder))
+    trainer = Trainer(run, parts(), Telling(folder))
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)
     last = latest_checkpoint(folder, print)
     if last is not None:
         trainer.load(last)
-    print("begins", flush=True)
     trainer.run()
     torch.save(weights(trainer), folder / "weights.pt")
 

@@ -55,6 +55,8 @@ def test_a_process_reads_and_holds_half(found: list[dict[str, Any]], layout: str
         assert counted["held"] == pytest.approx(0.5, abs=0.02)
         # In 4 bits rows are quantized 256 at a time, so the two matrices of 256 rows in a block are read by both.
         assert counted["read"] == pytest.approx(0.735 if quantized else 0.5, abs=0.02)
-        # The adapter is made whole before it is cut, and one matrix at a time is gathered or computed with.
-        beside = counted["adapter"] + (5 * LARGEST if quantized or layout == "dora" else 2**16)
-        assert counted["own"] <= counted["peak"] < counted["own"] + beside
+        # The adapter is made whole before it is cut, and one matrix at a time is gathered or computed with: up to four of its
+        # size at once. DoRA gathers through a collective, whose thread gives each gathered matrix back in its own time, so two
+        # or three may linger. All of them at once would be more than ten.
+        matrices = 7 if layout == "dora" else 5 if quantized else 0.0625
+        assert counted["own"] <= counted["peak"] < counted["own"] + counted["adapter"] + matrices * LARGEST

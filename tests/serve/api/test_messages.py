@@ -14,7 +14,7 @@ import pytest
 from qwenkit.text.chat import JinjaChat
 from qwenkit.text.tokenizer import Tokenizer
 from tests.serve.api.templates import CALLS, HERMES_TEMPLATE, THOUGHT
-from tests.serve.conftest import LiveServer, StartServer, wait_until
+from tests.serve.conftest import LiveServer, StartServer, asking, wait_until
 
 HELLO: dict[str, Any] = {"model": "tiny", "max_tokens": 1000, "messages": [{"role": "user", "content": "hi"}]}
 TOOLS: Any = [
@@ -44,7 +44,9 @@ def _close_clients() -> Iterator[None]:
 
 def streamed(live: LiveServer, **changes: Any) -> list[tuple[str, Any]]:
     """The events of a stream as they are on the wire: their names and their data."""
-    with httpx.stream("POST", live.url + "/v1/messages", json=HELLO | {"stream": True} | changes) as response:
+    with httpx.stream(
+        "POST", live.url + "/v1/messages", json=HELLO | {"stream": True} | changes, timeout=60
+    ) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         blocks = response.read().decode().removesuffix("\n\n").split("\n\n")
     events = []
@@ -268,14 +270,16 @@ def test_keys_in_either_header_and_unknown_paths(live_server: StartServer) -> No
 
 
 def test_a_body_that_is_no_json(live_server: StartServer) -> None:
-    answer = httpx.post(live_server().url + "/v1/messages", content="{", headers={"content-type": "application/json"})
+    answer = httpx.post(
+        live_server().url + "/v1/messages", content="{", headers={"content-type": "application/json"}, timeout=60
+    )
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_a_failing_engine_is_told_within_the_stream(live_server: StartServer) -> None:
-    live = live_server(["x" * 400])
+    live = live_server(["x" * 4000])
     live.engine.seconds = 0.005
-    with client(live).messages.stream(**HELLO) as stream:
+    with client(live).messages.stream(**HELLO | {"max_tokens": 3900}) as stream:
         assert next(stream).type == "message_start"
         live.engine.fails = 1
         with pytest.raises(anthropic.APIStatusError) as caught:
@@ -289,8 +293,8 @@ def test_a_client_that_goes_away_stops_the_engine(live_server: StartServer) -> N
     with client(live).messages.stream(**HELLO | {"max_tokens": 3000}) as stream:
         next(iter(stream))
     wait_until(lambda: live.engine.aborted == [0])
-    with pytest.raises(anthropic.APITimeoutError):
-        client(live).messages.create(**HELLO | {"max_tokens": 3000}, timeout=0.2)
+    with asking(live.url + "/v1/messages", HELLO | {"max_tokens": 3000}):
+        wait_until(lambda: len(live.engine.asked) == 2)
     wait_until(lambda: live.engine.aborted == [0, 1])
     assert live.engine.pool.num_free == live.engine.pool.num_blocks
 

@@ -14,7 +14,7 @@ import pytest
 from qwenkit.text.chat import JinjaChat
 from qwenkit.text.tokenizer import Tokenizer
 from tests.serve.api.templates import CALLS, HERMES_TEMPLATE, THOUGHT
-from tests.serve.conftest import LiveServer, StartServer, wait_until
+from tests.serve.conftest import LiveServer, StartServer, asking, wait_until
 
 HELLO: dict[str, Any] = {"model": "tiny", "input": "hi"}
 TOOLS: Any = [
@@ -98,7 +98,9 @@ def test_asynchronous(live_server: StartServer) -> None:
 
 
 def test_the_events_on_the_wire(live_server: StartServer) -> None:
-    with httpx.stream("POST", live_server(["Hi"]).url + "/v1/responses", json=HELLO | {"stream": True}) as response:
+    with httpx.stream(
+        "POST", live_server(["Hi"]).url + "/v1/responses", json=HELLO | {"stream": True}, timeout=60
+    ) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         blocks = response.read().decode().removesuffix("\n\n").split("\n\n")
     for block in blocks:
@@ -246,8 +248,8 @@ def test_a_client_that_goes_away_stops_the_engine(live_server: StartServer) -> N
     next(stream)
     stream.close()
     wait_until(lambda: live.engine.aborted == [0])
-    with pytest.raises(openai.APITimeoutError):
-        client(live).responses.create(**HELLO, timeout=0.2)
+    with asking(live.url + "/v1/responses", HELLO):
+        wait_until(lambda: len(live.engine.asked) == 2)
     wait_until(lambda: live.engine.aborted == [0, 1])
     assert live.engine.pool.num_free == live.engine.pool.num_blocks
 
@@ -265,5 +267,7 @@ def test_a_request_nested_beyond_what_can_be_written(live_server: StartServer) -
         nested = '{"a":' * depth + "1" + "}" * depth
         tool = '{"type": "function", "name": "f", "parameters": ' + nested + "}"
         body = '{"input": "hi", "tool_choice": "none", "tools": [' + tool + "]}"
-        answer = httpx.post(live.url + "/v1/responses", content=body, headers={"content-type": "application/json"})
+        answer = httpx.post(
+            live.url + "/v1/responses", content=body, headers={"content-type": "application/json"}, timeout=60
+        )
         assert answer.status_code in (200, 400)

@@ -1,7 +1,7 @@
 """A worker without a model, for tests: an ASGI app that answers what it is asked to, and a process that runs batches with it.
 
-As a program: `python -m tests.serve.batch.echo_app FOLDER SECONDS` works on the batches in FOLDER until none is left, and takes
-SECONDS for an answer.
+As a program: `python -m tests.serve.batch.echo_app FOLDER SECONDS` prints a line, works on the batches in FOLDER until none is
+left, and takes SECONDS for an answer.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def worker(app: Any, store: BatchStore, *, concurrency: int = 4, **settings: Any
     return BatchWorker(app, store, BatchLimits(), concurrency=concurrency, max_line_bytes=10_000, **settings)
 
 
-async def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+async def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
     async def wait() -> None:
         while not holds():
             await asyncio.sleep(0.005)
@@ -97,7 +97,8 @@ async def work(folder: Path, seconds: float) -> None:
     store = BatchStore(folder)
     running = worker(EchoApp(seconds), store)
     running.start()
-    await until(lambda: not store.open_batches(), 60)
+    print("works", flush=True)
+    await until(lambda: not store.open_batches())
     await running.stop()
 
 

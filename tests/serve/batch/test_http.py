@@ -46,7 +46,7 @@ def jsonl(count: int, url: str = URL, **body: Any) -> bytes:
     return "\n".join(map(json.dumps, lines)).encode()
 
 
-def wait_for(client: openai.OpenAI, batch: Batch, seconds: float = 10.0) -> Batch:
+def wait_for(client: openai.OpenAI, batch: Batch, seconds: float = 60.0) -> Batch:
     deadline = time.monotonic() + seconds
     while (found := client.batches.retrieve(batch.id)).completed_at is None and time.monotonic() < deadline:
         if found.status in ("failed", "expired", "cancelled"):

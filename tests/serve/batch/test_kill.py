@@ -6,14 +6,15 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
+from openai.types import Batch
 
 from tests.conftest import ROOT
 from tests.serve.batch.test_http import begin, jsonl, wait_for
+from tests.serve.conftest import wait_until
 
 
 @contextlib.contextmanager
@@ -29,17 +30,22 @@ def killed(folder: Path, seconds: float) -> Iterator[openai.OpenAI]:
             process.kill()
 
 
+def answered(client: openai.OpenAI, batches: list[Batch]) -> int:
+    found = [client.batches.retrieve(batch.id).request_counts for batch in batches]
+    return sum(counts.completed for counts in found if counts is not None)
+
+
 def test_a_server_killed_twice(tmp_path: Path) -> None:
-    with killed(tmp_path, 0.005) as client:
+    with killed(tmp_path, 0.01) as client:
         batches = [begin(client, jsonl(60)) for _ in range(2)]
-        time.sleep(0.4)
-    with killed(tmp_path, 0.005) as client:
+        wait_until(lambda: answered(client, batches) >= 15)
+    with killed(tmp_path, 0.01) as client:
         states = [client.batches.retrieve(batch.id).status for batch in batches]
         assert "in_progress" in states, "the kill came while they ran"
-        time.sleep(0.3)
+        wait_until(lambda: answered(client, batches) >= 40)
     with killed(tmp_path, 0.0) as client:
         for batch in batches:
-            done = wait_for(client, batch, 30)
+            done = wait_for(client, batch)
             assert (done.status, done.error_file_id) == ("completed", None)
             assert done.output_file_id is not None
             records = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]

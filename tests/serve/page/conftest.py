@@ -15,12 +15,15 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from qwenkit.serve.errors import ApiError, install_handlers
 from qwenkit.serve.page.page import router
+from qwenkit.serve.page.worker import Renderer
+from tests.serve.conftest import PATIENCE
 
 KEY = "page-key"
+expect.set_options(timeout=1000 * PATIENCE)
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Script:
 
     deltas: list[dict[str, Any]]
     pause: float = 0.0
+    hold: threading.Event | None = None  # what the end waits for
     finish: str = "stop"
     error: ApiError | None = None  # instead of an answer
     breaks: str | None = None  # an error inside the stream, after the deltas
@@ -51,6 +55,7 @@ class Site:
 
 def make_app(site: Site) -> FastAPI:
     app = FastAPI()
+    app.state.renderer = Renderer(timeout=60.0)
     install_handlers(app)
     app.include_router(router)
 
@@ -84,6 +89,8 @@ async def play(site: Site, script: Script) -> AsyncIterator[bytes]:
         for delta in script.deltas:
             yield event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
             await asyncio.sleep(script.pause)
+        while script.hold is not None and not script.hold.is_set():
+            await asyncio.sleep(0.005)
         if script.breaks is not None:
             yield event({"error": {"message": script.breaks, "type": "server_error"}})
             return
@@ -102,14 +109,14 @@ def site() -> Iterator[Site]:
     server.config.timeout_graceful_shutdown = 1
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not server.started:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     site.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     yield site
     server.should_exit = True
-    thread.join(10)
+    thread.join(PATIENCE)
 
 
 @pytest.fixture(scope="module")  # no longer: Playwright keeps an event loop running in this thread
@@ -127,7 +134,7 @@ def browser() -> Iterator[Browser]:
 
 def until(page: Page, condition: str) -> None:
     """Waits for a condition in JavaScript. Playwright's own wait evaluates text inside the page, which its policy forbids."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not page.evaluate(condition):
         assert time.monotonic() < deadline, condition
         page.wait_for_timeout(10)
@@ -150,7 +157,7 @@ def visit(site: Site, browser: Browser) -> Iterator[VisitPage]:
 
     def visit(**settings: Any) -> Page:
         context = browser.new_context(**({"locale": "en-GB", "viewport": {"width": 1100, "height": 760}} | settings))
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(1000 * PATIENCE)
         context.add_init_script(WATCH)
         page = context.new_page()
         errors: list[str] = []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from qwenkit.serve.errors import ApiError
+from tests.serve.conftest import wait_until
 from tests.serve.page.conftest import KEY, Script, Site, VisitPage, until
 
 
@@ -19,6 +21,12 @@ def send(page: Page, text: str) -> None:
 
 def finished(page: Page) -> None:
     until(page, "state.running.size === 0")
+    kept(page)
+
+
+def kept(page: Page) -> None:
+    """Waits until what the page has put into its storage is there: a reading transaction comes after those that write."""
+    page.evaluate("Store.all().then(() => null)")
 
 
 def sent(site: Site, number: int = -1) -> list[tuple[str, str]]:
@@ -27,10 +35,12 @@ def sent(site: Site, number: int = -1) -> list[tuple[str, str]]:
 
 def test_a_conversation_streams_and_stays_after_a_reload(site: Site, visit: VisitPage) -> None:
     page = visit()
-    site.say(*"Here is **bold** and code:\n\n```python\nprint(1)\n```\n", pause=0.01)
+    hold = threading.Event()
+    site.say(*"Here is **bold** and code:\n\n```python\nprint(1)\n```\n", pause=0.01, hold=hold)
     send(page, "Write code\nplease")
     expect(page.locator(".assistant .md")).to_contain_text("Here")
     assert page.evaluate("state.running.size") == 1, "shown while it streams"
+    hold.set()
     finished(page)
     expect(page.locator(".md strong")).to_have_text("bold")
     expect(page.locator(".code .nb")).to_have_text("print")
@@ -63,8 +73,7 @@ def test_stop_ends_the_request_and_keeps_what_came(site: Site, visit: VisitPage,
         page.keyboard.press("Escape")
     finished(page)
     expect(page.locator(".stats")).to_contain_text("Stopped")
-    page.wait_for_timeout(200)
-    assert site.aborted == 1
+    wait_until(lambda: site.aborted == 1)
     page.reload()
     expect(page.locator(".md")).to_contain_text("word word")
     expect(page.locator(".stats")).to_contain_text("Stopped")
@@ -75,7 +84,10 @@ def test_leaving_while_it_streams_keeps_what_came(site: Site, visit: VisitPage) 
     site.say(*["word "] * 1000, pause=0.02)
     send(page, "Talk")
     expect(page.locator(".md")).to_contain_text("word word")
-    page.wait_for_timeout(1300)
+    until(
+        page,
+        "Store.all().then((all) => all.some((one) => one.nodes.some((node) => node.content.includes('word word'))))",
+    )
     page.reload()
     expect(page.locator(".md")).to_contain_text("word word")
     expect(page.locator(".stats")).to_contain_text("Stopped")
@@ -130,6 +142,7 @@ def test_conversations_are_listed_renamed_and_deleted(site: Site, visit: VisitPa
     page.get_by_role("button", name="Delete: Two").click()
     page.locator("#ask-yes").click()
     expect(page.locator("#list .open")).to_have_text(["Primus"])
+    kept(page)
     page.reload()
     expect(page.locator("#list .open")).to_have_text(["Primus"])
     page.get_by_role("button", name="Delete: Primus").click()

@@ -191,7 +191,7 @@ def test_deep_nesting_is_no_error(text: str) -> None:
 
 @pytest.fixture
 def renderer() -> Iterator[Renderer]:
-    renderer = Renderer()
+    renderer = Renderer(timeout=60.0)
     yield renderer
     renderer.close()
 
@@ -210,9 +210,17 @@ def test_a_text_that_takes_too_long_is_shown_plain_and_frees_the_core(renderer: 
     hard = "[a](b" * 50_000
     assert renderer.render(hard) == render.plain(hard)
     assert first.poll() is not None
-    renderer.timeout = 10.0
+    renderer.timeout = 60.0
     assert renderer.render("**b**") == "<p><strong>b</strong></p>\n"
     assert renderer._process is not first
+
+
+def test_a_slow_start_is_no_texts_fault(renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "slow.py"
+    slow.write_text(f"import runpy, time\ntime.sleep(1.5)\nrunpy.run_path({render.__file__!r}, run_name='__main__')\n")
+    monkeypatch.setattr(render, "__file__", str(slow))
+    renderer.timeout = 1.0
+    assert renderer.render("**b**") == "<p><strong>b</strong></p>\n"
 
 
 def test_a_process_that_died_is_replaced(renderer: Renderer) -> None:

@@ -38,7 +38,7 @@ def test_talking_to_the_server(live_server: StartServer, browser: Browser, token
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Temperature").fill("0.5")
     page.get_by_label("Seed").fill("3")
-    page.get_by_label("Max tokens").fill("600")
+    page.get_by_label("Max tokens").fill("3000")
     page.get_by_role("button", name="Done").click()
     send(page, "Hi")
     finished(page)

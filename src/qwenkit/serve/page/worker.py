@@ -14,6 +14,8 @@ from typing import IO
 
 from qwenkit.serve.page import render
 
+START_SECONDS = 30.0  # for a process to import what it needs; no text's fault
+
 
 class BusyError(Exception):
     """More texts wait than may; one sentence for the client."""
@@ -45,24 +47,11 @@ class Renderer:
             return render.plain(text)
         data = text.encode(errors="replace")
         for _ in range(2):  # a process that was found dead is replaced once
-            process = self._running()
-            late = threading.Event()
-
-            def stop(process: subprocess.Popen[bytes] = process, late: threading.Event = late) -> None:
-                late.set()
-                process.kill()
-
-            timer = threading.Timer(self.timeout, stop)
-            timer.daemon = True
-            timer.start()
-            try:
-                answer = exchange(process, data)
-            finally:
-                timer.cancel()
+            answer, late = exchange_within(self._running(), data, self.timeout)
             if answer is not None:
                 return answer.decode()
             self._end()
-            if late.is_set():
+            if late:
                 break
         return render.plain(text)
 
@@ -76,6 +65,7 @@ class Renderer:
             # By its path and not with -m: the working directory, which may be a model's folder, is no place to import from.
             program = [sys.executable, str(Path(render.__file__))]
             self._process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            exchange_within(self._process, b"", START_SECONDS)  # answered once it has started
         return self._process
 
     def _end(self) -> None:
@@ -83,6 +73,23 @@ class Renderer:
             self._process.kill()
             self._process.communicate()  # closes the pipes and reaps it
             self._process = None
+
+
+def exchange_within(process: subprocess.Popen[bytes], data: bytes, seconds: float) -> tuple[bytes | None, bool]:
+    """`exchange` with a process that is killed if it takes longer than `seconds`; the answer, and True if it did."""
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        return exchange(process, data), late.is_set()
+    finally:
+        timer.cancel()
 
 
 def exchange(process: subprocess.Popen[bytes], data: bytes) -> bytes | None:
