@@ -36,7 +36,10 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"skipped: {error}", returncode=0)
 
 
-torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it brings
+# The models here are so small that a second thread costs more than it brings, ten times as much where the cores are busy: here,
+# and in the processes that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
