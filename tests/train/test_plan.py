@@ -179,7 +179,7 @@ def test_the_process_itself_is_planned(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method": "full", "cutoff_len": 64, "per_device_train_batch_size": 1}
     plan = plan_memory(find_sizes(str(model)), TrainConfig(**settings), gpus=0)
     assert plan.runtime > 0.9 * plan.total
-    assert plan.total == pytest.approx(resident_peak(tmp_path, str(model), settings, 2), rel=0.15)
+    assert plan.total == pytest.approx(resident_peak(tmp_path, str(model), settings, 2), rel=0.3)
 
 
 @on_a_cpu
