@@ -33,11 +33,13 @@ from qwenkit.train.log import Callback
 from qwenkit.train.optim import MovingAverage, Optimizer, clip
 from qwenkit.train.parallel import gradient_norm, gradient_sync, reduce_gradients, reshard
 from qwenkit.train.parts import Outcome, Parts, Progress
+from qwenkit.train.resume import check_steps, restore_progress
 from qwenkit.train.schedule import learning_rate
 
 _NAMED_ORIGINS = 8
 _MOST_SKIPPED = 20  # steps in a row
 _MOST_HALVED = 10
+_GOOD_STEPS = 2000  # in a row before the loss scale of float16 is doubled
 _Backward = tuple[list[torch.Tensor], dict[str, float]]
 
 
@@ -50,7 +52,8 @@ class Trainer:
         self.optimizer = Optimizer(parts.parameters, config)
         self.average = MovingAverage(parts.parameters, config.ema) if config.ema is not None else None
         self.progress = Progress()
-        if next(iter(parts.parameters.values())).dtype == torch.float16 or config.dtype == "float16":
+        self.scales_loss = next(iter(parts.parameters.values())).dtype == torch.float16 or config.dtype == "float16"
+        if self.scales_loss:
             self.progress.loss_scale = 2.0**16
         per_epoch = parts.train.batches_per_epoch
         if per_epoch == 0:
@@ -61,6 +64,7 @@ class Trainer:
                 raise ValueError("max_steps is missing: the length of the data is not known")
             self.batches = max(1, math.ceil(per_epoch * config.num_train_epochs))
         self.total_steps = config.max_steps or math.ceil((self.batches or 1) / config.gradient_accumulation_steps)
+        self.sequences_per_step = config.batch_size * config.gradient_accumulation_steps * self.world.data_world_size
         self.stop: str | None = None
         self._stream = self._endless()
         self._metrics: dict[str, float] = {}
@@ -223,9 +227,10 @@ class Trainer:
         self._say(f"{text}; the step is skipped")
 
     def _grow_loss_scale(self) -> None:
-        if self.progress.loss_scale > 1:
+        """Double it after many good steps in a row, also from 1, to which it may have fallen."""
+        if self.scales_loss:
             self.progress.good_steps += 1
-            if self.progress.good_steps >= 2000:
+            if self.progress.good_steps >= _GOOD_STEPS:
                 self.progress.loss_scale, self.progress.good_steps = min(self.progress.loss_scale * 2, 2.0**24), 0
 
     # Between steps
@@ -315,22 +320,28 @@ class Trainer:
     def save(self) -> Path:
         """A checkpoint of this step; older ones go as save_total_limit says."""
         saved = Saved(
-            {"progress": asdict(self.progress), "total_steps": self.total_steps, "config": self.config.settings()},
+            {
+                "progress": asdict(self.progress),
+                "total_steps": self.total_steps,
+                "sequences_per_step": self.sequences_per_step,
+                "config": self.config.settings(),
+            },
             {"data": self.parts.train.state_dict(), "tokens": self.progress.tokens},
         )
         path = save_checkpoint(
             self.output_dir, self.progress.step, self._tensors(), saved, self.world, beside=self.parts.beside
         )
         if self.world.is_first:
-            remove_old(self.output_dir, self.config.save_total_limit, self.progress.best_step)
+            remove_old(self.output_dir, self.config.save_total_limit, self.progress.best_step, self.progress.step)
         return path
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, as if nothing had happened. ValueError for a damaged one, or one of other settings."""
+        """Resume from a checkpoint, as if nothing had happened. ValueError for a damaged one, or one of other settings."""
         saved = load_checkpoint(folder, self._tensors(), self.world)
-        known = asdict(self.progress)
-        self.progress = Progress(**{name: saved.state["progress"][name] for name in known})
-        self.progress.tokens = saved.own["tokens"]
+        self.progress = restore_progress(saved, self.progress)
+        epochs = self.batches is not None
+        if note := check_steps(folder, saved, self.sequences_per_step, self.total_steps, epochs=epochs):
+            self._say(note)
         self.parts.train.load_state_dict(saved.own["data"])
         self._stream = self._endless()
 
