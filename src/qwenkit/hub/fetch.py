@@ -117,9 +117,8 @@ def write_sums(folder: Path, files: list[KnownFile]) -> None:
 def _get(client: httpx.Client, item: Download, advance: Callable[[int], None], stop: threading.Event) -> None:
     item.part.parent.mkdir(parents=True, exist_ok=True)
     item.target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(
-        item.part.with_name(f"{item.part.name}.lock")
-    ):  # another process may be at the same file; then it is there once the lock is free
+    # Another process may be at the same file; then it is there once the lock is free.
+    with locked(item.part.with_name(f"{item.part.name}.lock")):
         if not _is_there(item, advance):
             _get_anew(client, item, advance, stop)
 
