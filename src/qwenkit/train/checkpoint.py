@@ -22,7 +22,6 @@ import torch
 from qwenkit.storage import delete, fsync, fsync_tree, rename_all, strict, write_json
 from qwenkit.train.parallel.sharded import ShardedFolder, load_sharded, save_sharded
 from qwenkit.train.parallel.world import World
-from qwenkit.weights.stored import read_json
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]  # folder -> name -> tensor
 STATE = "trainer_state.json"
@@ -100,13 +99,13 @@ def load_checkpoint(folder: Path, tensors: Tensors, world: World) -> Saved:
     of other tensors than these (another method, rank, optimizer).
     """
     verify_checkpoint(folder)
-    state = read_json(folder / STATE)
+    state = _read(folder / STATE)
     for name, group in tensors.items():
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} has no {name}, which this run needs; was it made with other settings?")
         load_sharded(folder / name, group)
     same = state["world_size"] == world.world_size
-    own = read_json(folder / _own_file(world.rank if same else 0))
+    own = _read(folder / _own_file(world.rank if same else 0))
     if same:
         set_random_state(own["rng"], world.device)
     return Saved(state, own)
@@ -152,12 +151,15 @@ def _verify_files(folder: Path, listing: Path, files: object) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if _size(path) is None:
-        raise DamagedError(f"{path} is missing")
     try:
-        return read_json(path)
-    except ValueError as error:
-        raise DamagedError(str(error)) from None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
 
 
 def _size(path: Path) -> int | None:

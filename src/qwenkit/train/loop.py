@@ -29,6 +29,7 @@ from qwenkit.train.checkpoint import (
     set_random_state,
 )
 from qwenkit.train.config import TrainConfig
+from qwenkit.train.failures import describe_not_finite, is_out_of_memory
 from qwenkit.train.log import Callback
 from qwenkit.train.optim import MovingAverage, Optimizer, clip
 from qwenkit.train.parallel import gradient_norm, gradient_sync, reduce_gradients, reshard
@@ -36,7 +37,6 @@ from qwenkit.train.parts import Outcome, Parts, Progress
 from qwenkit.train.resume import check_steps, restore_progress
 from qwenkit.train.schedule import learning_rate
 
-_NAMED_ORIGINS = 8
 _MOST_SKIPPED = 20  # steps in a row
 _MOST_HALVED = 10
 _GOOD_STEPS = 2000  # in a row before the loss scale of float16 is doubled
@@ -151,7 +151,7 @@ class Trainer:
             try:
                 found, short = self._backward(pieces, count), False
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._check_halving(batches, error)
                 found, short = ([], {}), True
@@ -206,19 +206,12 @@ class Trainer:
         """A loss or gradient that is not finite: try a smaller loss scale, skip, or stop, and say which batch it was."""
         self.optimizer.zero_grad()
         progress = self.progress
-        if progress.loss_scale > 1 and math.isfinite(
-            total
-        ):  # float16 overflowed on the way back; that is what scales are for
+        # Where only the gradient is not finite, float16 overflowed on the way back; that is what scales are for.
+        if progress.loss_scale > 1 and math.isfinite(total):
             progress.loss_scale, progress.good_steps = progress.loss_scale / 2, 0
             return
         pieces = halved(batches, progress.halvings)
-        guilty = [piece for piece, loss in zip(pieces, losses, strict=True) if not bool(loss.isfinite())]
-        origins = list(dict.fromkeys(origin for piece in guilty or pieces for origin in piece.origins))
-        named = ", ".join(origins[:_NAMED_ORIGINS]) + (
-            f" and {len(origins) - _NAMED_ORIGINS} more" * (len(origins) > _NAMED_ORIGINS)
-        )
-        what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
-        text = f"step {progress.step + 1}: {what}; its batch holds {named}"
+        text = describe_not_finite(progress.step + 1, pieces, losses, total, norm)
         if self.config.dtype == "float16":
             text += "; float16 overflows in Qwen2-like models, bfloat16 and float32 do not"
         progress.skipped += 1
@@ -393,8 +386,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch has a class for it on GPUs; on a CPU its allocator only says so."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -140,7 +140,7 @@ class Pipeline:
 
     def __init__(self, config: TrainConfig, source: DataSource, tokenizer: Tokenizer, chat: ChatFormat | None) -> None:
         self.source = source
-        self.config = config
+        self.config = self._config = config
         self.tokenizer = tokenizer
         self.chat = chat
         variables = dict(text.split("=", 1) for text in config.variables)
@@ -156,7 +156,7 @@ class Pipeline:
 
     def read(self, file: int = 0, cursor: int = 0, line: int = 1, taken: int = 0) -> Iterator[tuple[int, Record]]:
         """The records that `records` prepares, each with the number of its file."""
-        limit = self.config.max_samples
+        limit = self._config.max_samples
         return islice(self._read(file, cursor, line), None if limit is None else max(0, limit - taken))
 
     def _read(self, file: int, cursor: int, line: int) -> Iterator[tuple[int, Record]]:
@@ -184,7 +184,7 @@ class Pipeline:
         def note(kind: str, message: str, action: str) -> None:
             issues.append(Issue(self.source.name, path.name, record.line, kind, message, action))
 
-        bad = self.config.bad_samples
+        bad = self._config.bad_samples
         if record.value is None:
             note("not readable", record.error or "", bad)
             return Prepared([], issues, file, record)
@@ -210,7 +210,7 @@ class Pipeline:
             if self._limit is None or longest <= self._limit:
                 fitted.append(item)
                 continue
-            policy = self.config.overlong
+            policy = self._config.overlong
             if policy == "split" and len(samples_of(item)) > 1:
                 policy = "truncate"
             parts = [] if policy == "error" else fit(item, self._limit, policy)
