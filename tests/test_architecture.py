@@ -30,6 +30,9 @@ FLOORS = {
     "eval": 6,
     "cli": 7,
 }
+# Modules at the root of the package are floor 0: every folder may import them, they import nothing of the package.
+MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+FLOORS |= dict.fromkeys(MODULES, 0)
 READMES = ("README.md", "README_zh.md")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -47,7 +50,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def folder_of(path: Path) -> str | None:
     parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else None
+    return parts[0] if len(parts) > 1 else path.stem if path.stem in MODULES else None
 
 
 def test_imports_only_go_down() -> None:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from qwenkit.cli.main import cli
 from qwenkit.cli.plan import find_sizes
-from qwenkit.engine.config import parse_bytes
+from qwenkit.settings import parse_size
 from qwenkit.train.config import TrainConfig, read_settings
 from qwenkit.train.plan import plan_memory
 from tests.conftest import ROOT
@@ -38,7 +38,7 @@ def test_recipe_fits_its_gpus(path: Path) -> None:
     head, settings = stated(path), read_settings(path)
     config = TrainConfig.from_settings(settings)
     plan = plan_memory(find_sizes(config.model, path.parent), config, gpus=int(head["gpus"]))
-    assert plan.total <= parse_bytes(head["gpu_memory"])
+    assert plan.total <= parse_size("gpu_memory", head["gpu_memory"])
     if "72b" in path.stem:
         assert head["layout"] == f"dp_shard {plan.shard}, tensor_parallel {plan.tensor}"
     words = shlex.split(head["run"])

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from qwenkit.hub import smollm2
-from qwenkit.hub.find import cache_folder, find_model, pull_model
+from qwenkit.hub.find import find_model, pull_model
 from qwenkit.hub.verify import verify_folder
+from qwenkit.storage import cache_folder
 from tests.hub.hub_server import use_hub
 
 MODEL = b"GGUF" + bytes(range(256)) * 1000

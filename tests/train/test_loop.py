@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from qwenkit.model.qwen import Qwen
+from qwenkit.train import loop
 from qwenkit.train.batch import IGNORE, TrainBatch
-from qwenkit.train.checkpoint import checkpoints, latest_checkpoint
+from qwenkit.train.checkpoint import STATE, checkpoints, latest_checkpoint
 from qwenkit.train.log import LOG, JsonLines, read_log
 from qwenkit.train.loop import Trainer
 from qwenkit.train.parts import NextTokens
@@ -371,6 +372,41 @@ def test_float16_scales_its_loss() -> None:
     assert 1 < trainer.progress.loss_scale < 2**16
     assert not memory.said
     assert memory.losses[-1] < memory.losses[0]
+
+
+def test_the_loss_scale_grows_again_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_GOOD_STEPS", 2)
+    trainer = Trainer(config(dtype="float16", max_steps=6), parts(), Memory())
+    trainer.progress.loss_scale = 1.0
+    trainer.run()
+    assert trainer.progress.loss_scale == 8
+    trainer = Trainer(config(max_steps=6), parts(), Memory())
+    trainer.run()
+    assert trainer.progress.loss_scale == 1
+
+
+@pytest.mark.parametrize("missing", ["loss_scale", "tokens", "halvings", "progress"])
+def test_a_checkpoint_of_an_older_version(tmp_path: Path, missing: str) -> None:
+    """What it did not save keeps the value of a new run; what a newer one saves besides is left out."""
+    settings = {"max_steps": 4, "save_steps": 2, "dtype": "float16"}
+    Trainer(config(tmp_path, **settings), parts(), Memory()).run()
+    folder = tmp_path / "checkpoint-2"
+    state, own = (json.loads((folder / name).read_text()) for name in (STATE, "rank-00000.json"))
+    for key in ("files", "checksum", "sequences_per_step"):
+        del state[key]
+    if missing == "progress":
+        del state["progress"]
+    else:
+        del state["progress"][missing]
+        state["progress"]["of_a_newer_version"] = 1
+    own.pop("tokens")
+    (folder / STATE).write_text(json.dumps(state))
+    (folder / "rank-00000.json").write_text(json.dumps(own))
+    trainer = Trainer(config(tmp_path, **settings), parts(), Memory())
+    trainer.load(folder)
+    progress = trainer.progress
+    assert (progress.step, progress.tokens, progress.halvings, progress.loss_scale) == (2, 0, 0, 2.0**16)
+    assert trainer.run().step == 4
 
 
 def test_lines_of_steps_that_are_done_again_go(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def run_ranks(size: int, folder: Path, main: Callable[[int, int, int, Path], Non
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.ranks", "tests.train.slice_ranks", "tests.train.reference_ranks"])
+    context.set_forkserver_preload([f"tests.train.{name}_ranks" for name in ("slice", "reference", "uneven")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # the server of forks reads nothing else
         processes = [context.Process(target=main, args=(rank, size, port, folder)) for rank in range(size)]

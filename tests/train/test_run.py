@@ -103,6 +103,113 @@ def test_an_earlier_run_is_not_overwritten_unasked(settings: list[str], tmp_path
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+def test_what_a_finished_run_has_left_is_not_replaced_unasked(settings: list[str], tmp_path: Path) -> None:
+    words = [word for word in settings if not word.startswith("save_steps")] + ["save_steps=null"]
+    assert invoke(*words).exit_code == 0
+    adapter = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    for more in ([], ["resume_from_checkpoint=latest"], ["--check"]):
+        refused = invoke(*words, *more)
+        assert refused.exit_code == 2, refused.output
+        assert "holds all_results.json of an earlier run; overwrite_output_dir=true replaces it" in refused.output
+    refused = invoke(*words, "resume_from_checkpoint=nowhere", "overwrite_output_dir=true")
+    assert "resume_from_checkpoint is 'nowhere', which is no folder" in refused.output
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
+    assert invoke(*words, "overwrite_output_dir=true", "max_steps=1").exit_code == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != adapter
+
+
+def test_a_refused_run_deletes_nothing(settings: list[str], tmp_path: Path) -> None:
+    """overwrite_output_dir deletes when the new run begins, not before all that can be refused was."""
+    assert invoke(*settings).exit_code == 0
+    before = snapshot(tmp_path / "out")
+    for bad in ("dataset=nothing", "model=nowhere/at/all/x", "export_size=large", "lora_target=none_such"):
+        assert invoke(*settings, "overwrite_output_dir=true", bad).exit_code == 2
+    assert snapshot(tmp_path / "out") == before
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def flip(checkpoint: Path) -> None:
+    file = next((checkpoint / "weights").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes(data)
+
+
+def test_latest_with_damaged_checkpoints(settings: list[str], tmp_path: Path) -> None:
+    """One damaged: it is renamed and named, and the run goes on from the one before. All damaged: nothing is touched."""
+    out = tmp_path / "out"
+    assert invoke(*settings).exit_code == 0
+    flip(out / "checkpoint-4")
+    more = invoke(*settings, "max_steps=6", "resume_from_checkpoint=latest", "save_total_limit=1")
+    assert more.exit_code == 0, more.output
+    assert "checkpoint-4 is damaged and renamed to checkpoint-4.damaged" in more.output
+    assert "checkpoint-2, step 2 of 6" in more.output
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-4.damaged", "checkpoint-6"}
+    assert [line["current_steps"] for line in log(out)] == [1, 2, 3, 4, 5, 6]
+    flip(out / "checkpoint-6")
+    before = snapshot(out)
+    for _ in range(2):
+        refused = invoke(*settings, "max_steps=8", "resume_from_checkpoint=latest")
+        assert refused.exit_code == 2
+        assert "checkpoint-6 is not whole" in refused.output
+        assert len(refused.output.strip().splitlines()) == 1
+        assert snapshot(out) == before
+
+
+def test_a_checkpoint_that_cannot_be_read_now(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert invoke(*settings).exit_code == 0
+    before = snapshot(out)
+    opened = Path.open
+
+    def away(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.suffix == ".safetensors" and "checkpoint-" in str(path):
+            raise OSError(116, "Stale file handle", str(path))
+        return opened(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", away)
+        refused = invoke(*settings, "max_steps=8", "resume_from_checkpoint=latest")
+    assert refused.exit_code == 2
+    assert "checkpoint-4 cannot be read (Stale file handle), which need not be damage" in refused.output
+    assert snapshot(out) == before
+
+
+def test_steps_of_another_size(settings: list[str], tmp_path: Path) -> None:
+    """Where epochs say how long a run is, the same records a step are needed; batch and accumulation may change places."""
+    words = [*(word for word in settings if "_steps=" not in word), "save_steps=1", "logging_steps=1"]
+    first = ["per_device_train_batch_size=2", "gradient_accumulation_steps=1", "num_train_epochs=1"]
+    assert invoke(*words, *first).exit_code == 0
+    same = ["per_device_train_batch_size=1", "gradient_accumulation_steps=2", "resume_from_checkpoint=latest"]
+    result = invoke(*words, *same, "num_train_epochs=2")
+    assert result.exit_code == 0, result.output
+    assert log(tmp_path / "out")[-1]["current_steps"] == 6
+    other = ["per_device_train_batch_size=1", "gradient_accumulation_steps=3", "resume_from_checkpoint=latest"]
+    refused = invoke(*words, *other, "num_train_epochs=4")
+    assert refused.exit_code == 2
+    assert "a step was 2 sequences when" in refused.output
+    assert "is 3 now (per_device_train_batch_size * gradient_accumulation_steps * data-parallel" in refused.output
+    refused = invoke(*words, *same, "num_train_epochs=1")
+    assert "checkpoint-6 is at step 6, but the run has 3: nothing is left to train" in refused.output
+    result = invoke(*words, *other, "max_steps=7")
+    assert result.exit_code == 0, result.output
+    assert "step 6 of 7 is counted on in steps of the new size" in result.output
+
+
+def test_a_loss_that_is_not_finite_is_null_in_json(settings: list[str], tmp_path: Path) -> None:
+    result = invoke(*settings, "learning_rate=1e38", "nan_policy=skip", "max_grad_norm=1e30", "method=full")
+    assert result.exit_code == 0, result.output
+    texts = [path.read_text() for name in ("*.json", "*.jsonl") for path in (tmp_path / "out").rglob(name)]
+    assert len(texts) > 5
+    assert all("NaN" not in text and "Infinity" not in text for text in texts)
+    assert any("null" in text for text in texts)
+
+
 def test_check_reads_everything_and_trains_nothing(settings: list[str], tmp_path: Path) -> None:
     good = invoke(*settings, "--check")
     assert good.exit_code == 0

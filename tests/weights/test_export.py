@@ -23,7 +23,7 @@ from qwenkit.weights.adapter_saving import AdapterSettings, save_adapter
 from qwenkit.weights.checkpoint import open_checkpoint
 from qwenkit.weights.export import export_model
 from qwenkit.weights.load import load_model
-from qwenkit.weights.saving import Form, new_folder, parse_size
+from qwenkit.weights.saving import Form, new_folder
 from qwenkit.weights.templated import Templated
 from tests.tiny_models import write_model
 from tests.weights.test_gptq_awq import quantized_folder
@@ -293,16 +293,6 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
 def fail(beside: Path) -> None:
     (beside / "config.json").write_text("{}")
     raise OSError("the disk is full")
-
-
-def test_sizes() -> None:
-    assert parse_size("export_size", 2) == 2 * 10**9
-    assert parse_size("export_size", "1.5") == 15 * 10**8
-    assert parse_size("shard_size", "500 MiB") == 500 << 20
-    assert parse_size("shard_size", "4GB") == 4 * 10**9
-    for text in ("", "0", "many", "-1", "4 QB"):
-        with pytest.raises(ValueError, match=r"shard_size is '.*', allowed is a size such as 4GB or 500MiB"):
-            parse_size("shard_size", text)
 
 
 @pytest.fixture(scope="module")

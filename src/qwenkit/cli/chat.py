@@ -157,6 +157,6 @@ def _answer_once(pieces: Generator[Piece, None, None]) -> None:
 
 def _converse(conversation: Conversation) -> None:
     from qwenkit.cli.conversation.terminal import Terminal, open_history
-    from qwenkit.hub.find import cache_folder
+    from qwenkit.storage import cache_folder
 
     Terminal(conversation, Screen(sys.stdout), open_history(cache_folder() / "chat_history")).run()

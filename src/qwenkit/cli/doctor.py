@@ -143,7 +143,8 @@ def _folders() -> dict[str, Any]:
     from huggingface_hub import constants
 
     from qwenkit.cli.chat import DEFAULT_MODEL
-    from qwenkit.hub.find import cache_folder, find_model
+    from qwenkit.hub.find import find_model
+    from qwenkit.storage import cache_folder
 
     own = cache_folder()
     hub = Path(constants.HF_HUB_CACHE)

@@ -58,7 +58,9 @@ Examples:
 @click.option("--model", metavar="MODEL", help="A folder, a .gguf file, a hub id, or smollm2.")
 @click.option("--adapter", multiple=True, metavar="FOLDER", help="Merge this adapter; several in their order.")
 @click.option("--output", metavar="FOLDER", help="The folder to write.")
-@click.option("--shard-size", metavar="SIZE", help="Largest file, such as 4GB.  [default: 5GB]")
+@click.option(
+    "--shard-size", metavar="SIZE", help="Largest file, such as 4GB, 4GiB (or 4G), or a number of GB.  [default: 5GB]"
+)
 @click.option("--format", "format_", type=click.Choice(_FORMATS), help="safetensors, or bin (torch.save).")
 @click.option("--dtype", metavar="TEXT", help="float32, bfloat16 or float16.  [default: the model's own]")
 @click.option("--template", metavar="TEXT", help="default (the model's own), chatml, qwen, or a .jinja file.")
@@ -118,12 +120,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _export(settings: Mapping[str, Any], *, dequantize: bool, overwrite: bool) -> Path:
     from qwenkit.hub.find import find_model
+    from qwenkit.settings import parse_size
     from qwenkit.weights.checkpoint import open_checkpoint
     from qwenkit.weights.export import export_model
-    from qwenkit.weights.saving import Form, new_folder, parse_size
+    from qwenkit.weights.saving import Form, new_folder
     from qwenkit.weights.templated import with_template
 
-    form = Form(parse_size("shard_size", settings.get("shard_size", "5GB")), bool(settings.get("legacy")))
+    form = Form(parse_size("shard_size", settings.get("shard_size", "5GB"), unit="GB"), bool(settings.get("legacy")))
     quantization = _quantization(settings)
     output = Path(settings["output"]).expanduser()
     adapters = [Path(name).expanduser() for name in settings.get("adapter", ())]

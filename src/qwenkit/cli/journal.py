@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from qwenkit.storage import atomic_replace
+
 
 class Journal:
     """Open (or go on with) the journal at `path` of the batch that `header` describes; one process at a time.
@@ -70,9 +72,7 @@ class Journal:
             for _, (start, length) in sorted(self._places.items()):
                 source.seek(start)
                 target.write(source.read(length))
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(beside, output)
+        atomic_replace(beside, output)
         self.path.unlink()
 
 

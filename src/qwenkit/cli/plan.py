@@ -51,14 +51,14 @@ def train(
     It is a model folder, a config.json, a training YAML (of qwenkit or LLaMA-Factory), a name in recipes/sizes.yaml, or a model
     that is on this disk already. Every sample is taken to be cutoff_len tokens long.
     """
-    from qwenkit.engine.config import parse_bytes
+    from qwenkit.settings import parse_size
     from qwenkit.train.config import TrainConfig, parse_assignments, read_settings
     from qwenkit.train.foreign import translate
     from qwenkit.train.plan import largest_batch, plan_memory
 
     if gpus < 0 or per_node < 1:
         raise ValueError(f"gpus is {gpus} and per-node {per_node}, allowed are at least 0 and at least 1")
-    memory = None if gpu_memory is None else _size(gpu_memory, parse_bytes)
+    memory = None if gpu_memory is None else parse_size("gpu-memory", gpu_memory)
     path = Path(model_or_config)
     own: dict[str, Any] = {"model": model_or_config}
     folder = Path()
@@ -131,13 +131,6 @@ def _find(name: str, folder: Path) -> dict[str, Any] | Path:
     except (ValueError, FileNotFoundError):
         hint = nearest(name, known) if known else "no recipes/sizes.yaml is here either"
         raise ValueError(f"{name!r} is no model folder, config.json or name in {SIZES}; {hint}") from None
-
-
-def _size(text: str, parse: Any) -> int:
-    try:
-        return int(parse(text))
-    except ValueError:
-        raise ValueError(f"gpu-memory is {text!r}, allowed is a size such as 80GiB") from None
 
 
 def _table(config: TrainConfig, plan: MemoryPlan, gpus: int, memory: int | None, batch: int | None) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from qwenkit.settings import parse_size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
@@ -26,7 +27,9 @@ class EngineConfig:
     max_model_len: int | None = option(
         None, "longest prompt plus answer, in tokens (default: what model and memory allow)"
     )
-    kv_memory: str | None = option(None, "memory for keys and values, such as 2GiB (default: a share of what is free)")
+    kv_memory: str | None = option(
+        None, "memory for keys and values, such as 2GiB or 2G (default: a share of what is free)"
+    )
     kv_cache_dtype: str = option(
         "auto",
         "keys and values in memory: auto (int8 with --weights int8 or int4), float32, bfloat16, float16, int8 or int4",
@@ -52,24 +55,9 @@ class EngineConfig:
         if self.max_model_len is not None:
             _at_least_one("max_model_len", self.max_model_len)
         if self.kv_memory is not None:
-            parse_bytes(self.kv_memory)
+            parse_size("kv_memory", self.kv_memory)
 
 
 def _at_least_one(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}, allowed is a whole number of at least 1")
-
-
-_UNITS = {"": 1, "B": 1} | {
-    unit: factor
-    for power, letter in enumerate("KMGT", start=1)
-    for unit, factor in ((letter, 1024**power), (letter + "IB", 1024**power), (letter + "B", 1000**power))
-}
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes of `2GiB`, `2G` (both 1024-based), `2GB` (1000-based), `500 MB` or a plain number; ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"kv_memory is {text!r}, allowed is a size such as 512MiB, 2GiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2].upper()])

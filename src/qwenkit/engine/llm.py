@@ -26,8 +26,8 @@ from qwenkit.engine.request import Completion, Delta, RequestOutput
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.hub.find import find_model
-from qwenkit.hub.smollm2 import cache_folder
 from qwenkit.model.context import pack
+from qwenkit.storage import cache_folder
 from qwenkit.text.chat import ChatFormat
 from qwenkit.weights.checkpoint import open_checkpoint
 from qwenkit.weights.load import load_model

@@ -6,9 +6,10 @@ import psutil
 import torch
 
 from qwenkit import ops
-from qwenkit.engine.config import EngineConfig, parse_bytes
+from qwenkit.engine.config import EngineConfig
 from qwenkit.engine.runner import kv_bytes_per_token
 from qwenkit.model.config import ModelConfig
+from qwenkit.settings import parse_size
 
 CPU_SHARE = 0.4  # of the memory that is free, for keys and values when the user names no number
 GPU_SHARE = 0.9
@@ -88,7 +89,7 @@ def plan_cache(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, de
     block_bytes = kv_bytes_per_token(config, dtype) * engine.block_size
     blocks_for_one = -(-longest // engine.block_size) + SPARE_BLOCKS
     if engine.kv_memory is not None:
-        budget = parse_bytes(engine.kv_memory)
+        budget = parse_size("kv_memory", engine.kv_memory)
     else:
         budget = min(_free_share(device), engine.max_num_seqs * blocks_for_one * block_bytes)
     num_blocks = budget // block_bytes - SPARE_BLOCKS

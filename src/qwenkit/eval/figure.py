@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qwenkit.storage import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,9 +22,5 @@ def check_figure(setting: str, path: Path) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write it beside its place first and then into it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(partial, format="png", dpi=150)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as part:
+        figure.savefig(part, format="png", dpi=150)

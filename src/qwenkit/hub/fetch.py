@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import shutil
 import threading
@@ -20,9 +19,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import httpx
-from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from qwenkit.hub.verify import SUMS, KnownFile, byte_bar, compare, hash_file, is_plain_path
+from qwenkit.storage import atomic_replace, locked, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -112,19 +111,16 @@ def write_sums(folder: Path, files: list[KnownFile]) -> None:
         f"{file.sha256 or hash_file(folder / file.path, hashlib.sha256())}  {file.path}\n"
         for file in sorted(files, key=lambda file: file.path)
     ]
-    beside = folder / f"{SUMS}.{os.getpid()}.part"
-    beside.write_text("".join(lines), encoding="utf-8", newline="\n")
-    os.replace(beside, folder / SUMS)
+    write_text(folder / SUMS, "".join(lines))
 
 
 def _get(client: httpx.Client, item: Download, advance: Callable[[int], None], stop: threading.Event) -> None:
     item.part.parent.mkdir(parents=True, exist_ok=True)
     item.target.parent.mkdir(parents=True, exist_ok=True)
-    lock = item.part.with_name(item.part.name + ".lock")
-    with WeakFileLock(lock):  # another process may be at the same file; then it is there once the lock is free
+    # Another process may be at the same file; then it is there once the lock is free.
+    with locked(item.part.with_name(f"{item.part.name}.lock")):
         if not _is_there(item, advance):
             _get_anew(client, item, advance, stop)
-    lock.unlink(missing_ok=True)
 
 
 def _is_there(item: Download, advance: Callable[[int], None]) -> bool:
@@ -142,7 +138,7 @@ def _get_anew(client: httpx.Client, item: Download, advance: Callable[[int], Non
         _receive(client, item, advance, stop)
         wrong = compare(item.part, item.known)
         if wrong is None:
-            os.replace(item.part, item.target)
+            atomic_replace(item.part, item.target)
             return
         advance(-item.part.stat().st_size)
         item.part.unlink()

@@ -9,7 +9,6 @@ take 0.2 s and 20 MB, which whoever opens a folder can do without.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,10 +18,8 @@ from pathlib import Path
 from types import ModuleType
 
 from qwenkit.hub import smollm2
-from qwenkit.hub.smollm2 import cache_folder
 from qwenkit.hub.verify import KnownFile, verify_folder
-
-__all__ = ["cache_folder", "check_model", "find_model", "pull_model"]
+from qwenkit.storage import new_file
 
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}"
 _FORMS = (
@@ -170,9 +167,5 @@ def _told() -> Iterator[None]:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        shutil.copyfile(source, beside)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with new_file(target) as part:
+        shutil.copyfile(source, part)

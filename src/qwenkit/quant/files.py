@@ -8,7 +8,6 @@ Everything is made in a folder beside, DIR.part, which is renamed when it is who
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from qwenkit.quant.config import QuantConfig
+from qwenkit.storage import write_bytes, write_json
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.safetensors_files import INDEX, SINGLE, read_file
 from qwenkit.weights.saving import ARCHITECTURES, copy_tokenizer, generation_config
@@ -23,24 +23,6 @@ from qwenkit.weights.stored import DTYPE_NAMES, DTYPES, StoredTensor
 
 SHARD_BYTES = 4 << 30
 _CHUNK = 1 << 24  # bytes of a tensor in memory while it is copied
-
-
-def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """Have `write` fill a binary file beside `path`, then rename it. What cannot be finished leaves nothing behind."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -77,7 +59,7 @@ def write_stored(path: Path, tensors: Iterable[StoredTensor]) -> None:
                 part = tensor.read(start, min(start + rows, tensor.shape[0]))
                 file.write(part.contiguous().flatten().view(torch.uint8).numpy().data)
 
-    write_atomically(path, write)
+    write_bytes(path, write)
 
 
 def _bytes(tensor: StoredTensor) -> int:
@@ -124,11 +106,11 @@ def write_companions(folder: Path, checkpoint: Checkpoint, quantization: Mapping
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     if config["model_type"] == "qwen":
         config |= {"bf16": dtype == "bfloat16", "fp16": dtype == "float16", "fp32": False}
-    write_json(folder / "config.json", config | {"quantization_config": dict(quantization)})
-    write_json(folder / "quantize_config.json", quantization)
+    write_json(folder / "config.json", config | {"quantization_config": dict(quantization)}, indent=2)
+    write_json(folder / "quantize_config.json", quantization, indent=2)
     generation = generation_config(checkpoint)
     if generation:
-        write_json(folder / "generation_config.json", generation)
+        write_json(folder / "generation_config.json", generation, indent=2)
     copy_tokenizer(folder, checkpoint)
 
 

@@ -11,7 +11,6 @@ import copy
 import errno
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,13 +30,13 @@ from qwenkit.quant.files import (
     is_assembled,
     quantization_config,
     write_companions,
-    write_json,
     write_tensors,
 )
 from qwenkit.quant.gptq import Quantized, gptq, round_to_nearest
 from qwenkit.quant.layout import gptq_tensors
 from qwenkit.quant.moments import Moments
 from qwenkit.quant.workplace import HEADER, Workplace, digest, estimate, fingerprint
+from qwenkit.storage import atomic_replace, kept_on_error, write_json
 from qwenkit.weights import names
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.gptq_awq import Quantization, with_weights
@@ -109,11 +108,10 @@ def quantize_model(
             raise OSError(
                 error.errno, f"the disk is full; {kept}: free some space and run the same again, or delete that folder"
             ) from error
-        for leftover in (*part.glob("*.tensors"), *part.glob("block-*.json")):
+        for leftover in (*part.glob("*.tensors"), *part.glob("block-*.json"), *part.glob(".*.part")):
             leftover.unlink()
-        if output.is_dir():
-            output.rmdir()
-        os.replace(part, output)
+        with kept_on_error(part):
+            atomic_replace(part, output)  # an empty folder there gives way
         (output / HEADER).unlink()
     return [LayerError(**each) for each in read_json(output / REPORT)["layers"]]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenkit.quant.config import QuantConfig
-from qwenkit.quant.files import write_json
+from qwenkit.storage import write_json
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.stored import StoredTensor, read_json
 

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenkit.engine.config import option, parse_bytes
+from qwenkit.engine.config import option
+from qwenkit.settings import parse_size
 
 LOG_FORMATS = ("text", "json")
 
@@ -79,8 +80,7 @@ class ServeConfig:
         if not 0 <= self.drain_timeout <= 86400:
             raise ValueError(f"drain_timeout is {self.drain_timeout!r}, allowed is a number of seconds from 0 to 86400")
         for name in ("max_body", "max_file", "max_grammar", "state_disk", "state_disk_per_key"):
-            if self.bytes_of(name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is a size above 0")
+            self.bytes_of(name)
         if self.log_format not in LOG_FORMATS:
             raise ValueError(f"log_format is {self.log_format!r}, allowed are {', '.join(LOG_FORMATS)}")
         if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):
@@ -97,11 +97,8 @@ class ServeConfig:
         self.adapters()
 
     def bytes_of(self, name: str) -> int:
-        """A field that is a size, in bytes."""
-        try:
-            return parse_bytes(getattr(self, name))
-        except ValueError as error:
-            raise ValueError(str(error).replace("kv_memory", name)) from None
+        """A field that is a size, in bytes. Raises ValueError naming it."""
+        return parse_size(name, getattr(self, name))
 
     def adapters(self) -> dict[str, str]:
         """Adapter folders by name."""

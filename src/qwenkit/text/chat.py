@@ -67,6 +67,10 @@ class JinjaChat:
             "<|im_start|>" in template and {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens.keys()
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Arguments that make the same format in another process, given the tokenizer."""
+        return {"template": self.source, "variables": self._variables}
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -29,6 +29,10 @@ class Qwen1Chat:
         self._start, self._end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|im_end|>"]
         self._newline = self._prompt("\n")
 
+    def to_json(self) -> dict[str, Any]:
+        """Arguments that make the same format in another process, given the tokenizer."""
+        return {"max_window_size": self._max_window_size}
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -5,13 +5,14 @@ Out: text to ids and back. Text is plain unless the caller says otherwise: the c
 message become the ordinary tokens that spell them, never the control token. Only byte-level BPE is supported.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from qwenkit.text import vocabulary
-from qwenkit.text.added_tokens import AddedTokenMatcher
+from qwenkit.text.added_tokens import AddedToken, AddedTokenMatcher
 from qwenkit.text.vocabulary import Vocabulary
 
 
@@ -19,7 +20,7 @@ class Tokenizer:
     """Text <-> token ids; made by `from_folder` or `from_bpe`, and safe to use from several threads."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        added = vocabulary.added
+        added = self._added = tuple(vocabulary.added)
         self._engine = vocabulary.engine
         self.added_tokens = {token.content: token.id for token in added}
         """Tokens found in text before any merging, control tokens included, text -> id."""
@@ -68,6 +69,19 @@ class Tokenizer:
         Raises ValueError for a `pre` that is not known, and for lists that do not fit together.
         """
         return cls(vocabulary.from_gguf_lists(tokens, merges, token_types, pre))
+
+    def to_json(self) -> dict[str, Any]:
+        """All that another process needs to tokenize alike, as JSON; see `from_json`."""
+        added = {token.id for token in self._added}
+        ordinary = [[id, token.hex()] for id, token in enumerate(self._bytes) if token and id not in added]
+        return {"ordinary": ordinary, "added": [asdict(t) for t in self._added], "engine": self._engine.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Tokenizer":
+        """The tokenizer that another process of ours has written with `to_json`; nothing in it is checked again."""
+        ordinary = {id: bytes.fromhex(token) for id, token in data["ordinary"]}
+        added = [AddedToken(**token) for token in data["added"]]
+        return cls(Vocabulary(ordinary, added, vocabulary.engine_from_json(data["engine"])))
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`, with nothing added before or after it.

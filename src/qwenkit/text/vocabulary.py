@@ -45,6 +45,8 @@ class Engine(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def to_json(self) -> dict[str, Any]: ...
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -110,11 +112,15 @@ class ByteLevelEngine:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def to_json(self) -> dict[str, Any]:
+        return {"tokenizers": self._tokenizer.to_str()}
+
 
 class TiktokenEngine:
     """The `tiktoken` library over Qwen-1's ranks."""
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
+        self._ranks = ranks
         self._encoding = tiktoken.Encoding("qwen", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def normalize(self, text: str) -> str:
@@ -122,6 +128,19 @@ class TiktokenEngine:
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(self.normalize(text))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ranks": [[token.hex(), rank] for token, rank in self._ranks.items()]}
+
+
+def engine_from_json(data: Mapping[str, Any]) -> Engine:
+    """The engine that another process of ours has written with `to_json`."""
+    if "ranks" in data:
+        return TiktokenEngine({bytes.fromhex(token): rank for token, rank in data["ranks"]})
+    whole = Tokenizer.from_str(data["tokenizers"])
+    assert isinstance(whole.model, models.BPE)
+    assert whole.pre_tokenizer is not None
+    return ByteLevelEngine(whole.model, Steps(whole.normalizer, whole.pre_tokenizer, whole.model.ignore_merges))
 
 
 def read_folder(folder: Path) -> Vocabulary:

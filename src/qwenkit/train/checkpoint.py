@@ -1,31 +1,36 @@
 """Checkpoints of a run: everything that the next step depends on, whole or not there at all.
 
 In: named tensors (each process its part) and JSON. Out: a folder `checkpoint-N` that appears by one rename after every byte of it
-is on the disk; which of them can be trusted; which may be deleted. Tensors are safetensors, the rest is JSON, nothing is pickled.
+is on the disk; the newest one that is whole; which may be deleted. Tensors are safetensors, the rest is JSON, nothing is
+pickled. trainer_state.json lists size and checksum of every other file, and its own checksum.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import shutil
+import stat
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwenkit.train.parallel.sharded import load_sharded, save_sharded
+from qwenkit.storage import delete, fsync, fsync_tree, rename_all, strict, write_json
+from qwenkit.train.parallel.sharded import ShardedFolder, load_sharded, save_sharded
 from qwenkit.train.parallel.world import World
-from qwenkit.weights.stored import read_json
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]  # folder -> name -> tensor
 STATE = "trainer_state.json"
-_UNFINISHED, _DELETED = ".unfinished-", ".deleted-"
+_UNFINISHED, _REPLACED, _DELETED = ".unfinished-", ".replaced-", ".deleted-"
+_DAMAGED = ".damaged"
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was written: a file is missing, or its size, checksum or form is wrong."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def save_checkpoint(
     """
     final, unfinished = output_dir / f"checkpoint-{step}", output_dir / f"{_UNFINISHED}checkpoint-{step}"
     if world.is_first:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        delete(unfinished)
         unfinished.mkdir(parents=True)
     world.barrier()
     for name, group in tensors.items():
@@ -60,23 +65,31 @@ def save_checkpoint(
     if beside is not None:
         beside(unfinished)
     ours = sorted(unfinished.glob(f"*/shard-{world.rank + 1:05d}-of-*"))
-    own = {
-        **saved.own,
-        "rng": random_state(world.device),
-        "files": {str(path.relative_to(unfinished)): [path.stat().st_size, _checksum(path)] for path in ours},
-    }
+    own = {**saved.own, "rng": random_state(world.device), "files": _list_files(unfinished, ours)}
     write_json(unfinished / _own_file(world.rank), own)
     world.barrier()
     if world.is_first:
-        write_json(unfinished / STATE, {**saved.state, "step": step, "world_size": world.world_size})
-        for path in (*unfinished.rglob("*"), unfinished):
-            sync(path)
-        if final.exists():
-            _delete(final)
-        unfinished.rename(final)
-        sync(output_dir)
+        shards = [path for path in unfinished.glob("*/shard-*") if path.is_file()]
+        others = sorted({path for path in unfinished.rglob("*") if path.is_file()} - set(shards))
+        state = {**saved.state, "step": step, "world_size": world.world_size, "files": _list_files(unfinished, others)}
+        state = strict(state)
+        write_json(unfinished / STATE, {**state, "checksum": _checksum_of(state)})
+        _replace_checkpoint(unfinished, final)
     world.barrier()
     return final
+
+
+def _replace_checkpoint(unfinished: Path, final: Path) -> None:
+    """Give a written checkpoint its name. One of the same step is deleted only when the new one has it."""
+    fsync_tree(unfinished)
+    replaced = final.with_name(_REPLACED + final.name)
+    moves = [(unfinished, final)]
+    if final.exists():
+        delete(replaced)
+        moves.insert(0, (final, replaced))
+    rename_all(moves)
+    fsync(final.parent)
+    delete(replaced)
 
 
 def load_checkpoint(folder: Path, tensors: Tensors, world: World) -> Saved:
@@ -86,37 +99,76 @@ def load_checkpoint(folder: Path, tensors: Tensors, world: World) -> Saved:
     of other tensors than these (another method, rank, optimizer).
     """
     verify_checkpoint(folder)
-    state = read_json(folder / STATE)
+    state = _read(folder / STATE)
     for name, group in tensors.items():
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} has no {name}, which this run needs; was it made with other settings?")
         load_sharded(folder / name, group)
     same = state["world_size"] == world.world_size
-    own = read_json(folder / _own_file(world.rank if same else 0))
+    own = _read(folder / _own_file(world.rank if same else 0))
     if same:
         set_random_state(own["rng"], world.device)
     return Saved(state, own)
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Compare sizes and checksums of all files with what was written. ValueError naming the first that differs."""
-    state = read_json(folder / STATE)
+    """Compare sizes and checksums of all files with what was written.
+
+    Raises DamagedError naming the first that differs, and OSError where a file cannot be read: that is no damage, the disk or
+    the network may be there again in a minute.
+    """
+    state = _read(folder / STATE)
     world_size = state.get("world_size")
     if not isinstance(state.get("step"), int) or not isinstance(world_size, int) or not 1 <= world_size <= 2**20:
-        raise ValueError(f"{folder / STATE} is damaged: it names no step or no number of processes")
+        raise DamagedError(f"{folder / STATE} is damaged: it names no step or no number of processes")
+    checksum = state.pop("checksum", None)
+    if checksum is not None and checksum != _checksum_of(state):
+        raise DamagedError(f"{folder / STATE} is damaged: its checksum is not the one that was written")
+    if checksum is not None or "files" in state:  # checkpoints of earlier versions list only what each process wrote
+        _verify_files(folder, folder / STATE, state.get("files"))
     for rank in range(world_size):
-        files = read_json(folder / _own_file(rank)).get("files")
-        if not isinstance(files, dict):
-            raise ValueError(f"{folder / _own_file(rank)} is damaged: it lists no files")
-        for name, (size, checksum) in files.items():
-            path = folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                raise ValueError(
-                    f"{path} is damaged: expected {size} bytes, found {'none' if found is None else found}"
-                )
-            if _checksum(path) != checksum:
-                raise ValueError(f"{path} is damaged: its checksum is not the one that was written")
+        path = folder / _own_file(rank)
+        _verify_files(folder, path, _read(path).get("files"))
+    for group in sorted({path.parent for path in folder.glob("*/shard-*")}):
+        try:
+            ShardedFolder.open(group)
+        except (FileNotFoundError, ValueError) as error:
+            raise DamagedError(f"{group} is damaged: {error}") from None
+
+
+def _verify_files(folder: Path, listing: Path, files: object) -> None:
+    if not isinstance(files, dict):
+        raise DamagedError(f"{listing} is damaged: it lists no files")
+    for name, entry in files.items():
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise DamagedError(f"{listing} is damaged: it gives {name} no size and checksum")
+        path, (size, checksum) = folder / name, entry
+        found = _size(path)
+        if found != size:
+            raise DamagedError(f"{path} is damaged: expected {size} bytes, found {'none' if found is None else found}")
+        if _checksum(path) != checksum:
+            raise DamagedError(f"{path} is damaged: its checksum is not the one that was written")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none. OSError where that cannot be known."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def checkpoints(output_dir: Path) -> dict[int, Path]:
@@ -130,38 +182,91 @@ def checkpoints(output_dir: Path) -> dict[int, Path]:
 
 
 def latest_checkpoint(output_dir: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
-    """The newest one that is whole; each newer one that is not is said."""
+    """The newest checkpoint that is whole, every file of it checked; None where there is no checkpoint at all.
+
+    Newer ones that are damaged are renamed to `checkpoint-N.damaged`, so that they are neither taken for the newest nor deleted,
+    and said. Raises ValueError where all are damaged and OSError where one cannot be read: nothing is renamed then, and the
+    caller must not begin anew over them.
+    """
+    damaged: list[tuple[Path, ValueError]] = []
     for path in reversed(checkpoints(output_dir).values()):
         try:
             verify_checkpoint(path)
-        except (ValueError, OSError) as error:
-            say(f"{path.name} is passed over: {error}")
-            continue
-        return path
-    return None
+        except DamagedError as error:
+            damaged.append((path, error))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{path} cannot be read ({error.strerror or error}), which need not be damage: try again, or name another "
+                "checkpoint in resume_from_checkpoint",
+            ) from error
+        else:
+            for each, why in damaged:
+                say(f"{each.name} is damaged and renamed to {_set_aside(each).name}: {why}")
+            return path
+    if not damaged:
+        return None
+    others = f", nor is any of the {len(damaged) - 1} before it" if len(damaged) > 1 else ""
+    raise ValueError(
+        f"resume_from_checkpoint is latest, but {damaged[0][0]} is not whole ({damaged[0][1]}){others}; nothing was "
+        "changed: another output_dir begins at step 0, and so does overwrite_output_dir=true in place of "
+        "resume_from_checkpoint, which deletes what is there"
+    )
 
 
-def remove_old(output_dir: Path, keep: int | None, best: int | None) -> None:
-    """Delete all checkpoints but the `keep` newest (None: keep all) and the best."""
-    steps = checkpoints(output_dir)
-    for step in [] if keep is None else list(steps)[:-keep]:
-        if step != best:
-            _delete(steps[step])
+def _set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint to a name that nothing has."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}{_DAMAGED}{f'-{number}' if number > 1 else ''}")).exists():
+        number += 1
+    folder.rename(aside)
+    fsync(folder.parent)
+    return aside
+
+
+def remove_old(output_dir: Path, keep: int | None, best: int | None, step: int) -> None:
+    """After `step` was saved, delete the checkpoints up to it but the `keep` newest (None: keep all) and the best.
+
+    Those of later steps are another run's, which this one has gone back behind: they stay until a new one of the same step.
+    """
+    steps = {number: path for number, path in checkpoints(output_dir).items() if number <= step}
+    for number in [] if keep is None else list(steps)[:-keep]:
+        if number != best:
+            remove_checkpoint(steps[number])
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """What a killed run has left half written or half deleted."""
-    for path in output_dir.glob(".*"):
-        if path.name.startswith((_UNFINISHED, _DELETED)):
-            shutil.rmtree(path, ignore_errors=True)
+    """Finish or undo what a killed run was about to do, then delete what it has left half written or half deleted.
+
+    A whole checkpoint that only lacked its name gets it; one that was about to be replaced is put back.
+    """
+    for prefix in (_UNFINISHED, _REPLACED, _DELETED):
+        for path in output_dir.glob(f"{prefix}checkpoint-*"):
+            final = path.with_name(path.name.removeprefix(prefix))
+            if prefix == _DELETED or final.exists() or not _is_whole(path):
+                delete(path)
+            else:
+                path.rename(final)
+                fsync(output_dir)
 
 
-def _delete(folder: Path) -> None:
+def _is_whole(folder: Path) -> bool:
+    """True for a whole checkpoint, and for one that cannot be read now."""
+    try:
+        verify_checkpoint(folder)
+    except DamagedError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def remove_checkpoint(folder: Path) -> None:
     """Gone by its name at once, then byte by byte, so that a half deleted one is never taken for a checkpoint."""
     doomed = folder.with_name(_DELETED + folder.name)
-    shutil.rmtree(doomed, ignore_errors=True)
+    delete(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    delete(doomed)
 
 
 def random_state(device: torch.device) -> dict[str, str]:
@@ -181,23 +286,6 @@ def set_random_state(states: Mapping[str, str], device: torch.device) -> None:
             torch.cuda.set_rng_state(state, device)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Beside, to the disk, then renamed: the file is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-    sync(beside)
-    beside.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _own_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
@@ -209,3 +297,12 @@ def _checksum(path: Path) -> int:
         while block := file.read(2**22):
             value = zlib.crc32(block, value)
     return value
+
+
+def _checksum_of(state: Mapping[str, Any]) -> int:
+    """The same of trainer_state.json itself, whatever its white space."""
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def _list_files(folder: Path, paths: Iterable[Path]) -> dict[str, list[int]]:
+    return {str(path.relative_to(folder)): [path.stat().st_size, _checksum(path)] for path in paths}

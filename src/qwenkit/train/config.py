@@ -130,7 +130,7 @@ class TrainConfig:
     save_steps: int | None = option(500, "steps from checkpoint to checkpoint")
     save_total_limit: int | None = option(None, "keep so many checkpoints, and the best one")
     load_best_model_at_end: bool = option(False, "what is saved at the end is the checkpoint of the lowest eval_loss")
-    export_size: str = option("5GB", "largest file of a saved model")
+    export_size: str = option("5GB", "largest file of a saved model, such as 5GB or 5GiB (or 5G), or a number of GB")
     logging_steps: int = option(10, "steps from log line to log line")
     eval_steps: int | None = option(None, "steps from evaluation to evaluation (default: as save_steps)")
     early_stopping_patience: int | None = option(None, "stop after so many evaluations without a better one")

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from qwenkit.linear.lora import linears
 from qwenkit.model.qwen import Qwen
+from qwenkit.storage import strict, write_text
 from qwenkit.train.batch import TrainBatch
-from qwenkit.train.checkpoint import sync
 from qwenkit.train.config import TrainConfig
 
 Record = Mapping[str, float]
@@ -111,10 +111,7 @@ class JsonLines(Silent):
         self.total_steps = total_steps
         self.begun = (time.monotonic(), step)
         kept = [line for line in read_log(self.path) if line["current_steps"] <= step] if step else []
-        beside = self.path.with_suffix(".part")
-        beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
-        sync(beside)
-        beside.replace(self.path)
+        write_text(self.path, "".join(map(_line, kept)))
 
     def log(self, step: int, record: Record) -> None:
         begun, first = self.begun
@@ -124,7 +121,7 @@ class JsonLines(Silent):
             {
                 "current_steps": step,
                 "total_steps": self.total_steps,
-                **{name: value if math.isfinite(value) else None for name, value in record.items()},
+                **record,
                 "percentage": round(100 * step / self.total_steps, 2),
                 "elapsed_time": clock(elapsed),
                 "remaining_time": clock(remaining),
@@ -137,7 +134,12 @@ class JsonLines(Silent):
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(_line(line))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """Strict JSON: what is not finite is null."""
+    return json.dumps(strict(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

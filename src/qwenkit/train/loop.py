@@ -29,15 +29,17 @@ from qwenkit.train.checkpoint import (
     set_random_state,
 )
 from qwenkit.train.config import TrainConfig
+from qwenkit.train.failures import describe_not_finite, is_out_of_memory
 from qwenkit.train.log import Callback
 from qwenkit.train.optim import MovingAverage, Optimizer, clip
 from qwenkit.train.parallel import gradient_norm, gradient_sync, reduce_gradients, reshard
 from qwenkit.train.parts import Outcome, Parts, Progress
+from qwenkit.train.resume import check_steps, restore_progress
 from qwenkit.train.schedule import learning_rate
 
-_NAMED_ORIGINS = 8
 _MOST_SKIPPED = 20  # steps in a row
 _MOST_HALVED = 10
+_GOOD_STEPS = 2000  # in a row before the loss scale of float16 is doubled
 _Backward = tuple[list[torch.Tensor], dict[str, float]]
 
 
@@ -50,7 +52,8 @@ class Trainer:
         self.optimizer = Optimizer(parts.parameters, config)
         self.average = MovingAverage(parts.parameters, config.ema) if config.ema is not None else None
         self.progress = Progress()
-        if next(iter(parts.parameters.values())).dtype == torch.float16 or config.dtype == "float16":
+        self.scales_loss = next(iter(parts.parameters.values())).dtype == torch.float16 or config.dtype == "float16"
+        if self.scales_loss:
             self.progress.loss_scale = 2.0**16
         per_epoch = parts.train.batches_per_epoch
         if per_epoch == 0:
@@ -61,6 +64,7 @@ class Trainer:
                 raise ValueError("max_steps is missing: the length of the data is not known")
             self.batches = max(1, math.ceil(per_epoch * config.num_train_epochs))
         self.total_steps = config.max_steps or math.ceil((self.batches or 1) / config.gradient_accumulation_steps)
+        self.sequences_per_step = config.batch_size * config.gradient_accumulation_steps * self.world.data_world_size
         self.stop: str | None = None
         self._stream = self._endless()
         self._metrics: dict[str, float] = {}
@@ -147,7 +151,7 @@ class Trainer:
             try:
                 found, short = self._backward(pieces, count), False
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._check_halving(batches, error)
                 found, short = ([], {}), True
@@ -202,19 +206,12 @@ class Trainer:
         """A loss or gradient that is not finite: try a smaller loss scale, skip, or stop, and say which batch it was."""
         self.optimizer.zero_grad()
         progress = self.progress
-        if progress.loss_scale > 1 and math.isfinite(
-            total
-        ):  # float16 overflowed on the way back; that is what scales are for
+        # Where only the gradient is not finite, float16 overflowed on the way back; that is what scales are for.
+        if progress.loss_scale > 1 and math.isfinite(total):
             progress.loss_scale, progress.good_steps = progress.loss_scale / 2, 0
             return
         pieces = halved(batches, progress.halvings)
-        guilty = [piece for piece, loss in zip(pieces, losses, strict=True) if not bool(loss.isfinite())]
-        origins = list(dict.fromkeys(origin for piece in guilty or pieces for origin in piece.origins))
-        named = ", ".join(origins[:_NAMED_ORIGINS]) + (
-            f" and {len(origins) - _NAMED_ORIGINS} more" * (len(origins) > _NAMED_ORIGINS)
-        )
-        what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
-        text = f"step {progress.step + 1}: {what}; its batch holds {named}"
+        text = describe_not_finite(progress.step + 1, pieces, losses, total, norm)
         if self.config.dtype == "float16":
             text += "; float16 overflows in Qwen2-like models, bfloat16 and float32 do not"
         progress.skipped += 1
@@ -223,9 +220,10 @@ class Trainer:
         self._say(f"{text}; the step is skipped")
 
     def _grow_loss_scale(self) -> None:
-        if self.progress.loss_scale > 1:
+        """Double it after many good steps in a row, also from 1, to which it may have fallen."""
+        if self.scales_loss:
             self.progress.good_steps += 1
-            if self.progress.good_steps >= 2000:
+            if self.progress.good_steps >= _GOOD_STEPS:
                 self.progress.loss_scale, self.progress.good_steps = min(self.progress.loss_scale * 2, 2.0**24), 0
 
     # Between steps
@@ -315,22 +313,28 @@ class Trainer:
     def save(self) -> Path:
         """A checkpoint of this step; older ones go as save_total_limit says."""
         saved = Saved(
-            {"progress": asdict(self.progress), "total_steps": self.total_steps, "config": self.config.settings()},
+            {
+                "progress": asdict(self.progress),
+                "total_steps": self.total_steps,
+                "sequences_per_step": self.sequences_per_step,
+                "config": self.config.settings(),
+            },
             {"data": self.parts.train.state_dict(), "tokens": self.progress.tokens},
         )
         path = save_checkpoint(
             self.output_dir, self.progress.step, self._tensors(), saved, self.world, beside=self.parts.beside
         )
         if self.world.is_first:
-            remove_old(self.output_dir, self.config.save_total_limit, self.progress.best_step)
+            remove_old(self.output_dir, self.config.save_total_limit, self.progress.best_step, self.progress.step)
         return path
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, as if nothing had happened. ValueError for a damaged one, or one of other settings."""
+        """Resume from a checkpoint, as if nothing had happened. ValueError for a damaged one, or one of other settings."""
         saved = load_checkpoint(folder, self._tensors(), self.world)
-        known = asdict(self.progress)
-        self.progress = Progress(**{name: saved.state["progress"][name] for name in known})
-        self.progress.tokens = saved.own["tokens"]
+        self.progress = restore_progress(saved, self.progress)
+        epochs = self.batches is not None
+        if note := check_steps(folder, saved, self.sequences_per_step, self.total_steps, epochs=epochs):
+            self._say(note)
         self.parts.train.load_state_dict(saved.own["data"])
         self._stream = self._endless()
 
@@ -382,8 +386,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch has a class for it on GPUs; on a CPU its allocator only says so."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -21,6 +21,7 @@ from qwenkit.linear.nf4 import NF4Linear
 from qwenkit.linear.swap import Swap, swap_linears
 from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen
+from qwenkit.settings import parse_size
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.targets import EMBEDDING, HEAD, choose_linears, freeze_names, is_router, meeting, spelled
 from qwenkit.weights.adapter import Adapter, read_whole_adapter
@@ -30,7 +31,15 @@ from qwenkit.weights.export import SCORE, dtype_change, reward_changes
 from qwenkit.weights.load import empty_and_stored, empty_model, load_model
 from qwenkit.weights.pack import packed_outline, packer
 from qwenkit.weights.reward import WithoutScore
-from qwenkit.weights.saving import Form, Outgoing, copy_tokenizer, fused_as_qwen1, into_folder, parse_size, write_model
+from qwenkit.weights.saving import (
+    Form,
+    Outgoing,
+    copy_tokenizer,
+    fused_as_qwen1,
+    into_folder,
+    is_weights_file,
+    write_model,
+)
 from qwenkit.weights.stored import StoredTensor
 
 ADAPTERS = ("lora", "qlora")
@@ -320,8 +329,10 @@ def _save_model(
             tensor.make()
         return
     changes = dtype_change(checkpoint, dtype) | (reward_changes(checkpoint) if SCORE in parameters else {})
-    with into_folder(folder) as beside:
-        write_model(beside, tensors, checkpoint, changes, Form(parse_size("export_size", config.export_size)))
+    with into_folder(folder, replaces=is_weights_file) as beside:
+        write_model(
+            beside, tensors, checkpoint, changes, Form(parse_size("export_size", config.export_size, unit="GB"))
+        )
 
 
 def _save_adapter(
@@ -351,5 +362,6 @@ def _save_adapter(
         modules_to_save=tuple(sorted(kept)),
         task="SEQ_CLS" if config.stage == "rm" else "CAUSAL_LM",
     )
-    save_adapter(folder, updates, parameters, linears(model), settings, qwen1=model.config.model_type == "qwen")
-    copy_tokenizer(folder, checkpoint)
+    with into_folder(folder) as part:
+        save_adapter(part, updates, parameters, linears(model), settings, qwen1=model.config.model_type == "qwen")
+        copy_tokenizer(part, checkpoint)

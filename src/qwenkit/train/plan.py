@@ -8,7 +8,7 @@ the same time is counted, and since every further layer adds the same, the whole
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qwenkit import ops
 from qwenkit.linear.frozen import PackedBase
@@ -292,6 +291,15 @@ def _numbers(model: nn.Module) -> int:
     return plain + sum(quantized.values())
 
 
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments or results, which are nested lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
 class _LiveBytes(TorchDispatchMode):
     """Bytes of all tensors made inside that are still alive, and the most there were in each phase."""
 
@@ -303,10 +311,10 @@ class _LiveBytes(TorchDispatchMode):
         self._seen: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        before = {id(leaf.untyped_storage()) for leaf in _tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+        for leaf in _tensors(out):
+            if leaf.is_meta:
                 storage = leaf.untyped_storage()
                 if id(storage) not in before and id(storage) not in self._seen:
                     self._seen[id(storage)] = storage

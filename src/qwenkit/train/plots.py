@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwenkit.storage import new_file
 from qwenkit.train.log import LOG, read_log
 
 FILES = {"loss": "training_loss.png", "eval_loss": "training_eval_loss.png"}
@@ -45,8 +46,7 @@ def plot_losses(folder: Path) -> list[Path]:
         axes.set(xlabel="step", ylabel=key, title=f"{key} of {folder.resolve().name}")
         axes.legend()
         path = folder / name
-        beside = path.with_suffix(".part")
-        figure.savefig(beside, format="png", dpi=100)
-        beside.replace(path)
+        with new_file(path) as part:
+            figure.savefig(part, format="png", dpi=100)
         drawn.append(path)
     return drawn

@@ -52,11 +52,15 @@ class Objective:
         self.reference = reference
 
     def weight(self, batch: TrainBatch) -> int:
-        """How many pairs: the step's loss is the sum of all its batches divided by the sum of their weights."""
+        """Number of pairs: the step's loss is the sum over all its batches divided by the sum of their weights."""
         return len(_pairs(batch))
 
     def __call__(self, model: Qwen, batch: TrainBatch) -> tuple[torch.Tensor, Metrics]:
-        """The sum of the pairs' losses, fp32 (), differentiable; and sums over pairs of rewards and the like."""
+        """The sum of the pairs' losses, fp32 (), differentiable; and sums over pairs of rewards and the like.
+
+        A batch without pairs, a rank's share where the data does not divide, runs the same forward passes as any other (processes
+        that share a model wait for each other in each), and gives zeros under the same names.
+        """
         config, pairs = self.config, _pairs(batch)
         if config.stage == "rm":
             return _reward_loss(model, batch, pairs)
@@ -64,7 +68,7 @@ class Objective:
             return self._kto(model, batch, pairs)
         sums, counts = log_probabilities(model, batch, chunk=config.loss_chunk)
         chosen, rejected = _sides(pairs, batch)
-        per_token = sums / counts
+        per_token = sums / counts.clamp_min(1)
         if config.stage == "orpo":
             losses, rewards = orpo_losses(per_token[chosen], per_token[rejected], config.pref_beta)
             return losses.sum(), _metrics(*rewards)
@@ -75,7 +79,9 @@ class Objective:
                 of_reference, _ = log_probabilities(reference, batch, chunk=config.loss_chunk)
             ratio = sums - of_reference
             if config.pref_loss == "ipo":
-                ratio = ratio / counts  # so that the margin it aims at does not depend on how long answers are
+                ratio = ratio / counts.clamp_min(
+                    1
+                )  # so that the margin it aims at does not depend on how long answers are
             losses, rewards = dpo_losses(
                 ratio[chosen], ratio[rejected], config.pref_beta, config.pref_loss, config.pref_label_smoothing
             )
@@ -86,17 +92,17 @@ class Objective:
     def _kto(self, model: Qwen, batch: TrainBatch, pairs: list[PairIndex]) -> tuple[torch.Tensor, Metrics]:
         config, shifted = self.config, mismatched(batch, pairs)
         documents = [pair.chosen for pair in pairs]
-        with torch.no_grad(), self._as_it_began(model) as reference:
-            of_reference, _ = log_probabilities(reference, batch, chunk=config.loss_chunk)
-            of_other = None if shifted is None else log_probabilities(reference, shifted, chunk=config.loss_chunk)[0]
-        baseline = of_reference.new_zeros(())
-        if shifted is not None and of_other is not None:
-            with torch.no_grad():
-                ours, _ = log_probabilities(model, shifted, chunk=config.loss_chunk)
-            baseline = (ours - of_other).mean().clamp_min(0)
+        # Without another prompt's answer the batch itself is computed in its place: every rank runs the same forward passes.
+        other = batch if shifted is None else shifted
+        with torch.no_grad():
+            with self._as_it_began(model) as reference:
+                of_reference, _ = log_probabilities(reference, batch, chunk=config.loss_chunk)
+                of_other, _ = log_probabilities(reference, other, chunk=config.loss_chunk)
+            ours, _ = log_probabilities(model, other, chunk=config.loss_chunk)
+        baseline = of_reference.new_zeros(()) if shifted is None else (ours - of_other).mean().clamp_min(0)
         sums, _ = log_probabilities(model, batch, chunk=config.loss_chunk)
         ratio = (sums - of_reference)[documents]
-        liked = torch.tensor([pair.liked for pair in pairs], device=ratio.device)
+        liked = torch.tensor([pair.liked for pair in pairs], dtype=torch.bool, device=ratio.device)
         losses = kto_losses(
             ratio, liked, baseline, config.pref_beta, config.kto_chosen_weight, config.kto_rejected_weight
         )
@@ -157,12 +163,12 @@ def make_reference(
 def log_probabilities(model: Qwen, batch: TrainBatch, *, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each document: the sum over its targets of log p (D,) fp32, and how many targets it has (D,).
 
-    ValueError naming the origin of a document without any: an empty answer has no probability.
+    ValueError naming the origin of a document of a pair without any: an empty answer has no probability.
     """
     losses, documents = token_losses(model, batch, chunk=chunk)
     count = len(batch.lengths)
     counts = torch.bincount(documents, minlength=count)
-    if not bool((counts > 0).all()):
+    if batch.pairs != [] and not bool((counts > 0).all()):
         empty = batch.origins[int((counts == 0).nonzero()[0])]
         raise ValueError(f"{empty or 'a pair'}: nothing of the answer is learned, so it has no probability to compare")
     sums = torch.zeros(count, dtype=losses.dtype, device=losses.device).index_add(0, documents, -losses)
@@ -265,7 +271,8 @@ def _reward_loss(model: Qwen, batch: TrainBatch, pairs: list[PairIndex]) -> tupl
 
 
 def _pairs(batch: TrainBatch) -> list[PairIndex]:
-    if not batch.pairs:
+    """The pairs of a batch, none for a rank without data. ValueError for data of another stage, which has no pairs at all."""
+    if batch.pairs is None:
         raise ValueError(f"{batch.origins[0] or 'a batch'} has no preferences, but the stage needs them")
     return batch.pairs
 

@@ -6,7 +6,6 @@ Outcome. What can be refused is refused before weights are loaded: settings, the
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,14 +16,14 @@ from qwenkit import ops
 from qwenkit.hub.find import find_model
 from qwenkit.model.context import pack
 from qwenkit.model.qwen import Qwen
+from qwenkit.settings import parse_size
+from qwenkit.storage import write_json
 from qwenkit.text.chat import ChatFormat
 from qwenkit.text.chatml import NAMED
 from qwenkit.text.tokenizer import Tokenizer
-from qwenkit.train.checkpoint import checkpoints, latest_checkpoint, remove_leftovers, write_json
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.data import DataStream, Report, check
 from qwenkit.train.log import (
-    LOG,
     Callback,
     Everyone,
     JsonLines,
@@ -47,19 +46,19 @@ from qwenkit.train.methods import (
 )
 from qwenkit.train.parallel import World, fill_slices, reshard, wrap
 from qwenkit.train.parts import NextTokens, Objective, Outcome, Parts
-from qwenkit.train.plots import FILES, plot_losses
+from qwenkit.train.plots import plot_losses
 from qwenkit.train.preference import STAGES, make_reference, objective
 from qwenkit.train.recompute import recompute_blocks
 from qwenkit.train.reporters import reporters
+from qwenkit.train.resume import RESULTS, check_folders, prepare_folder, remove_earlier_run
 from qwenkit.weights.checkpoint import Checkpoint, open_checkpoint
 from qwenkit.weights.templated import with_template
-
-RESULTS = "all_results.json"
 
 
 def check_data(config: TrainConfig) -> Report:
     """Read all data as training would, and report; nothing is trained."""
     _check_complete(config)
+    check_folders(config, Path(config.output_dir))
     checkpoint = _checkpoint(config)
     return check(config, checkpoint.tokenizer(), checkpoint.chat())
 
@@ -84,7 +83,7 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
     progress = Progress(bar=bar)
     say: Callable[[str], None] = progress.say if world.is_first else lambda text: None
     folder = Path(config.output_dir)
-    resumed = _prepare_folder(config, folder, world, say)
+    resumed = prepare_folder(config, folder, world, say)
     if world.is_first:
         find_model(config.model)  # one process downloads
     world.barrier()
@@ -146,6 +145,8 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
     if resumed is not None:
         trainer.load(resumed)
         say(f"goes on from {resumed}, step {trainer.progress.step} of {trainer.total_steps}")
+    elif world.is_first and config.resume_from_checkpoint is None:
+        remove_earlier_run(folder)
     outcome = trainer.run()
     if outcome.reason == "interrupted":
         say(
@@ -180,43 +181,11 @@ def _check_complete(config: TrainConfig) -> None:
         raise ValueError("model is missing: a folder, a .gguf file, a hub id, or smollm2")
     if not config.dataset:
         raise ValueError("dataset is missing: names of dataset_info.json in dataset_dir, or files")
+    parse_size("export_size", config.export_size, unit="GB")  # else refused when the trained model is saved
     if config.early_stopping_patience is not None and not config.has_eval:
         raise ValueError("early_stopping_patience needs evaluation data: val_size or eval_dataset")
     if config.load_best_model_at_end and not config.has_eval:
         raise ValueError("load_best_model_at_end needs evaluation data: val_size or eval_dataset")
-
-
-def _prepare_folder(config: TrainConfig, folder: Path, world: World, say: Callable[[str], None]) -> Path | None:
-    """Make output_dir ready and say from which checkpoint to go on, if from one.
-
-    ValueError where an earlier run lies there and nothing says what shall become of it.
-    """
-    wanted, found = config.resume_from_checkpoint, ""
-    if world.is_first:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"output_dir is {config.output_dir!r}, which is a file; allowed is a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        earlier = checkpoints(folder)
-        if wanted == "latest":
-            path = latest_checkpoint(folder, say)
-            found = "" if path is None else str(path)
-            if path is None:
-                say(f"{folder} has no checkpoint that is whole; the run begins at step 0")
-        elif wanted is not None:
-            found = wanted
-        elif earlier and not config.overwrite_output_dir:
-            raise ValueError(
-                f"output_dir {folder} holds {earlier[max(earlier)].name} of an earlier run; "
-                "resume_from_checkpoint=latest goes on from it, overwrite_output_dir=true deletes it"
-            )
-        if not found:
-            for path in earlier.values():
-                shutil.rmtree(path)
-            for name in (LOG, RESULTS, *FILES.values()):
-                (folder / name).unlink(missing_ok=True)
-    found = world.broadcast(found)
-    return Path(found) if found else None
 
 
 def _objective(config: TrainConfig, checkpoint: Checkpoint, model: Qwen, world: World) -> Objective:
@@ -264,6 +233,7 @@ def _results(config: TrainConfig, folder: Path, outcome: Outcome, trainer: Train
         "stopped_early": outcome.reason == "early",
         "seconds": round(seconds, 2),
     }
+    # A loss that is not finite is written as null: it was measured. What was not measured is left out.
     write_json(folder / RESULTS, {name: value for name, value in results.items() if value is not None})
     if config.plot_loss:
         plot_losses(folder)

@@ -6,9 +6,7 @@ Names are Hugging Face's, or the original Qwen-1's, in which updates of q, k and
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwenkit.linear.lora import LowRank
+from qwenkit.storage import new_file, write_json
 from qwenkit.weights import names
 from qwenkit.weights.adapter import CONFIG, PREFIX, TENSORS
 
@@ -65,15 +64,9 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     config = _config(updates, linears, settings) | {"use_dora": any(u.magnitude is not None for u in updates.values())}
-    beside = [folder / f".{name}.{os.getpid()}.part" for name in (TENSORS, CONFIG)]
-    try:
-        save_file(own, beside[0], metadata={"format": "pt"})
-        beside[1].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for path, name in zip(beside, (TENSORS, CONFIG), strict=True):
-            os.replace(path, folder / name)
-    finally:
-        for path in beside:
-            path.unlink(missing_ok=True)
+    with new_file(folder / TENSORS) as part:
+        save_file(own, part, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config, indent=2)
 
 
 def _config(updates: Mapping[str, LowRank], linears: set[str], settings: AdapterSettings) -> dict[str, Any]:

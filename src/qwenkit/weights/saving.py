@@ -8,7 +8,6 @@ loads here and by transformers' remote code. Tensors are made and written one at
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from qwenkit import storage
 from qwenkit.weights import names
 from qwenkit.weights.checkpoint import Checkpoint
 from qwenkit.weights.gguf_model import GgufCheckpoint
@@ -29,6 +29,7 @@ from qwenkit.weights.templated import Templated
 
 _STEMS = {False: ("model", "safetensors"), True: ("pytorch_model", "bin")}
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+_CONFIGS = ("config.json", "adapter_config.json")
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "qwen.tiktoken", "tokenizer.model", "chat_template.jinja", "LICENSE*", "NOTICE*"),
@@ -72,8 +73,10 @@ class Form:
 
 @contextmanager
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, beside `folder`, whose place it takes at the end; after an error nothing of it is left.
+    """A temporary folder next to `folder` to write a model into; it becomes `folder` when all of it is on the disk.
 
+    With `overwrite` its files replace all files that are there; subfolders, such as a run's checkpoints, stay. After an error in
+    the block nothing of the new folder is left; when it cannot be renamed, both the old and the new one are kept. Raises
     ValueError where `folder` holds something and `overwrite` is not given.
     """
     if folder.exists() and not folder.is_dir():
@@ -81,35 +84,56 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     full = folder.is_dir() and any(folder.iterdir())
     if full and not overwrite:
         raise ValueError(f"output is {str(folder)!r}, which is not empty; allowed is a new folder, or --overwrite")
+    folder = folder.resolve()  # a symbolic link to a folder stays one
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    part = storage.temporary_path(folder)
+    part.mkdir()
     try:
-        beside.mkdir()
-        yield beside
+        yield part
+    except BaseException:
+        storage.delete(part)
+        raise
+    with storage.kept_on_error(part):
         if full:
-            os.replace(folder, aside)
-        os.replace(beside, folder)
-    finally:
-        for leftover in (beside, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _install_model(part, folder, lambda name: True)
+        else:
+            storage.atomic_replace(part, folder)
 
 
 @contextmanager
-def into_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write model files into, from which each moves to `folder`, config.json last; older weights there go."""
+def into_folder(folder: Path, *, replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+    """A temporary folder inside `folder` to write files of a model or adapter into, which then take their places there.
+
+    Files of the same names are replaced, and those that `replaces` names go; other files stay. After an error in the block
+    nothing has changed; when a file cannot be renamed, all old ones are put back and the new ones are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".saving.{os.getpid()}.part"
+    part = storage.temporary_path(folder / "saving")
+    part.mkdir()
     try:
-        beside.mkdir()
-        yield beside
-        for path in folder.iterdir():
-            if _WEIGHTS.fullmatch(path.name) and not (beside / path.name).exists():
-                path.unlink()
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        yield part
+    except BaseException:
+        storage.delete(part)
+        raise
+    with storage.kept_on_error(part):
+        _install_model(part, folder, replaces)
+
+
+def _install_model(new: Path, folder: Path, replaces: Callable[[str], bool]) -> None:
+    """Move the files of `new` into `folder`, where older ones that `replaces` names go.
+
+    The configuration goes first and comes last: a folder without it loads nowhere, so that no crash leaves a mixture that does.
+    """
+    names = sorted((path.name for path in new.iterdir()), key=lambda name: name in _CONFIGS)
+    first = [folder / name for name in names if name in _CONFIGS]
+    stale = [path for path in folder.iterdir() if path.is_file() and replaces(path.name)]
+    storage.install([(new / name, folder / name) for name in names], stale=(*first, *stale))
+    new.rmdir()
+
+
+def is_weights_file(name: str) -> bool:
+    """True for the names of a model's weights, in one file or in shards, and of their index; not for an adapter's."""
+    return _WEIGHTS.fullmatch(name) is not None
 
 
 def write_model(
@@ -249,21 +273,5 @@ def _write_bin(path: Path, tensors: Sequence[Outgoing], bar: Any) -> None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Inside of a folder that is flushed and renamed as a whole."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-_UNITS = {"": 1, "B": 1} | {
-    unit: factor
-    for power, letter in enumerate("KMGT", start=1)
-    for unit, factor in ((letter + "IB", 1024**power), (letter + "B", 1000**power), (letter, 1000**power))
-}
-
-
-def parse_size(field: str, text: str | float) -> int:
-    """Bytes of `5GB`, `500 MiB`, or of a plain number of GB (as LLaMA-Factory's export_size). ValueError naming the field."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    unit = match[2].upper() or "GB" if match else ""
-    size = int(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
-    if size < 1:
-        raise ValueError(f"{field} is {text!r}, allowed is a size such as 4GB or 500MiB, or a number of GB")
-    return size

@@ -70,10 +70,16 @@ def test_any_change_makes_another_store(
     assert len(set(built)) == 8
 
 
-@pytest.mark.parametrize("workers", [2, 3, 16])
+@pytest.mark.parametrize("workers", [3])
 def test_any_number_of_processes_gives_the_same_store(
-    write: Write, config_of: ConfigOf, tokenizer: Tokenizer, chat: JinjaChat, workers: int
+    write: Write,
+    config_of: ConfigOf,
+    tokenizer: Tokenizer,
+    chat: JinjaChat,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("qwenkit.train.data.workers.BYTES_PER_WORKER", 1)
     many = [{"instruction": f"q{i}", "output": "" if i % 50 == 3 else "a" * (i % 30 + 1)} for i in range(300)]
     write("a.jsonl", many)
     config = config_of("a.jsonl", bad_samples="drop")
@@ -93,6 +99,42 @@ def test_any_number_of_processes_gives_the_same_store(
         open_store(again, broken, tokenizer, chat)
 
 
+def test_a_store_that_is_made_again_is_replaced_only_by_a_whole_one(
+    write: Write, config_of: ConfigOf, tokenizer: Tokenizer, chat: JinjaChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("a.jsonl", ROWS)
+    config = config_of("a.jsonl")
+    (source,) = find_sources(config.dataset, Path(config.dataset_dir))
+    store = open_store(config, source, tokenizer, chat)
+    replaced = os.replace
+
+    def refuses(old: Path, new: Path) -> None:
+        if Path(new) == store.folder and not Path(old).name.startswith("."):
+            raise OSError("share away")
+        replaced(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuses)
+        with pytest.raises(OSError, match="share away"):
+            open_store(replace(config, overwrite_cache=True), source, tokenizer, chat)
+    assert len(open_store(config, source, tokenizer, chat)) == len(ROWS)
+
+
+def test_the_default_cache(
+    write: Write,
+    config_of: ConfigOf,
+    tokenizer: Tokenizer,
+    chat: JinjaChat,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QWENKIT_CACHE", str(tmp_path / "root"))
+    write("a.jsonl", ROWS)
+    config = config_of("a.jsonl", cache_dir=None)
+    (source,) = find_sources(config.dataset, Path(config.dataset_dir))
+    assert open_store(config, source, tokenizer, chat).folder.parent == tmp_path / "root" / "tokenized"
+
+
 def test_nothing_half_written_stays(
     write: Write, config_of: ConfigOf, tokenizer: Tokenizer, chat: JinjaChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,10 +142,10 @@ def test_nothing_half_written_stays(
     config = config_of("a.jsonl")
     (source,) = find_sources(config.dataset, Path(config.dataset_dir))
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             open_store(config, source, tokenizer, chat)
-    assert [path.suffix for path in Path(str(config.cache_dir)).iterdir()] == [".lock"]
+    assert list(Path(str(config.cache_dir)).iterdir()) == []
     store = open_store(config, source, tokenizer, chat)
     os.truncate(store.folder / "ids.bin", 8)
     with pytest.raises(ValueError, match=r"ids\.bin has another size"):

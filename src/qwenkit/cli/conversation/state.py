@@ -7,7 +7,6 @@ message that was refused leaves no trace. Saved as JSON: {"model", "messages", "
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 from qwenkit.cli.options import flags_of, nearest
 from qwenkit.engine.sampling import SamplingParams
+from qwenkit.storage import write_json
 
 # One answer at a time is shown as text: settings for several answers or for numbers beside them make no sense here.
 NOT_IN_CHAT = ("n", "logprobs", "prompt_logprobs")
@@ -144,12 +144,7 @@ class Conversation:
             for turn in self.messages
         ]
         record = {"model": self.talker.name, "messages": system + turns, "settings": self.settings}
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            beside.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_json(path, record)
 
     def load(self, path: Path) -> None:
         """Replace messages, system text and settings by saved ones; ValueError, and nothing changed, for any other file."""

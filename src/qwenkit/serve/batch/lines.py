@@ -15,6 +15,7 @@ import orjson
 
 from qwenkit.serve.batch.rows import BatchRow, Line, NewFile, new_id
 from qwenkit.serve.batch.store import BatchStore
+from qwenkit.storage import atomic_replace
 
 MAX_ERRORS = 100  # that a failed batch lists
 _MAX_CUSTOM_ID = 512  # characters
@@ -197,10 +198,4 @@ def private(path: Path) -> BinaryIO:
 def place(file: BinaryIO, part: Path, target: Path) -> None:
     """Put a written file in its place so that a power cut leaves it whole or absent."""
     file.flush()
-    os.fsync(file.fileno())
-    os.replace(part, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    atomic_replace(part, target)

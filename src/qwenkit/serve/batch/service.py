@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import os
 import re
 import sqlite3
 from collections.abc import AsyncIterator
@@ -25,6 +24,7 @@ from qwenkit.serve.batch.worker import BatchWorker
 from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError
 from qwenkit.serve.server import Server
+from qwenkit.storage import cache_folder
 
 log = logging.getLogger("qwenkit.serve")
 
@@ -155,6 +155,5 @@ def owner() -> str:
 
 def default_folder(model_name: str) -> Path:
     """A folder of its own for each model, so that a batch is never taken up by a server of another one."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", model_name)[-60:].strip("-")
-    return cache / "qwenkit" / "serve" / f"{readable}-{hashlib.sha256(model_name.encode()).hexdigest()[:8]}"
+    return cache_folder() / "serve" / f"{readable}-{hashlib.sha256(model_name.encode()).hexdigest()[:8]}"

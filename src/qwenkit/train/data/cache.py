@@ -6,19 +6,17 @@ covers the bytes of the source files, tokenizer, chat format and settings, so th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwenkit.storage import cache_folder, install, locked
 from qwenkit.text.chat import ChatFormat
 from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.train.batch import IGNORE, Pair, Sample
@@ -35,11 +33,6 @@ _SETTINGS = (
     *("overlong", "bad_samples"),
 )
 _PROBE = "Ünïcode 你好，世界 123 4567 don't\n\n  \t👩‍👩‍👧 e\u0301 def f(x):\n    return x ** 2 <think> <tool_call> <|im_end|> "
-
-
-def default_cache_dir() -> Path:
-    """The user's cache folder, as the XDG base directory specification has it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwenkit" / "tokenized"
 
 
 def fingerprint(tokenizer: Tokenizer, chat: ChatFormat | None) -> str:
@@ -138,13 +131,13 @@ def open_store(
     Raises DataError, after everything was read, where a policy is `error` and records are wrong; ValueError for settings that
     do not go together; OSError where the cache cannot be written.
     """
-    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+    cache = Path(config.cache_dir) if config.cache_dir else cache_folder() / "tokenized"
     key = store_key(config, source, ids_hash or fingerprint(tokenizer, chat))
     folder = cache / key
     pipeline = Pipeline(config, source, tokenizer, chat)
     cache.mkdir(parents=True, exist_ok=True)
     asked_at = time.time()
-    with _locked(cache / f"{key}.lock"):
+    with locked(cache / f"{key}.lock"):
         if _is_ready(folder) and (not config.overwrite_cache or _made_while_waiting(folder, asked_at)):
             return Store(folder)
         _build(pipeline, folder, key, config.preprocessing_num_workers)
@@ -176,12 +169,9 @@ def _build(pipeline: Pipeline, folder: Path, key: str, workers: int) -> None:
             "made_at": time.time(),
         }
         (part / "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-    except BaseException:
+        install([(part, folder)])
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _is_ready(folder: Path) -> bool:
@@ -192,22 +182,3 @@ def _made_while_waiting(folder: Path, asked_at: float) -> bool:
     """With overwrite_cache, the first of several processes makes the store anew and the others take what it made."""
     made_at: float = json.loads((folder / "manifest.json").read_text("utf-8"))["made_at"]
     return asked_at <= made_at <= time.time()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Only one process of this machine at a time; the system frees the lock of one that dies.
-
-    Where there are no such locks, several may make the same store, each in its own folder; the last rename wins.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)

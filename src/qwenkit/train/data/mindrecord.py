@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from qwenkit.storage import install
 from qwenkit.train.data.messagepack import pack_message, unpack_message
 
 HEADER_SIZE = 1 << 24
@@ -158,9 +159,13 @@ def write_mindrecord(
             Path(f"{shard_path}.part").unlink(missing_ok=True)
             Path(f"{shard_path}.part.db").unlink(missing_ok=True)
         raise
-    for shard_path in written:
-        os.replace(f"{shard_path}.part.db", f"{shard_path}.db")
-        os.replace(f"{shard_path}.part", shard_path)
+    install(
+        [
+            (Path(f"{shard_path}.part{kind}"), Path(f"{shard_path}{kind}"))
+            for shard_path in written
+            for kind in (".db", "")
+        ]
+    )
     return written
 
 

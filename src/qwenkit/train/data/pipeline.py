@@ -140,7 +140,9 @@ class Pipeline:
 
     def __init__(self, config: TrainConfig, source: DataSource, tokenizer: Tokenizer, chat: ChatFormat | None) -> None:
         self.source = source
-        self._config = config
+        self.config = self._config = config
+        self.tokenizer = tokenizer
+        self.chat = chat
         variables = dict(text.split("=", 1) for text in config.variables)
         self._reader = RecordReader(source, config.stage, system=config.system, variables=variables)
         self._renderer = Renderer(config, tokenizer, chat)

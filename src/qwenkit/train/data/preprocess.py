@@ -7,7 +7,6 @@ In: wiki.train.tokens, or alpaca_data.json. Out: files with the content that alp
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qwenkit.storage import new_file
 from qwenkit.text.chat import JinjaChat
 from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.train.data.files import read_records
@@ -79,20 +79,14 @@ def alpaca_message(record: dict[str, Any]) -> dict[str, Any]:
 
 def convert_alpaca(source: Path, target: Path) -> int:
     """alpaca_data.json -> one conversation a line; returns how many. ValueError naming file and line of a bad entry."""
-    part = target.with_name(f"{target.name}.part")
     count = 0
-    try:
-        with part.open("w", encoding="utf-8") as out:
-            for record in read_records(source):
-                wrong = record.error or _missing(record.value or {}, ("instruction", "output"))
-                if wrong or record.value is None:
-                    raise ValueError(f"{source}:{record.line}: {wrong}")
-                out.write(json.dumps(alpaca_message(record.value), ensure_ascii=False) + "\n")
-                count += 1
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    os.replace(part, target)
+    with new_file(target) as part, part.open("w", encoding="utf-8") as out:
+        for record in read_records(source):
+            wrong = record.error or _missing(record.value or {}, ("instruction", "output"))
+            if wrong or record.value is None:
+                raise ValueError(f"{source}:{record.line}: {wrong}")
+            out.write(json.dumps(alpaca_message(record.value), ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 

@@ -8,7 +8,6 @@ and index.json, written last. No process holds what others hold, nothing is sent
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from qwenkit.storage import new_file, write_json
 from qwenkit.train.parallel.world import World, is_cut, local
 from qwenkit.weights.stored import DTYPES
 
@@ -38,22 +38,16 @@ def save_sharded(folder: Path, tensors: Mapping[str, torch.Tensor], world: World
         if offset is not None and (local(tensor).numel() or not tensor.numel()):
             pieces[name] = local(tensor).detach().to("cpu").contiguous().clone()
             offsets[name] = {"saved_offsets": offset}
-    path = folder / _file_name(world.rank, world.world_size)
-    beside = path.with_suffix(".part")
     metadata = {"format": "pt", "DCP_VERSION": "1.0", _SHARDING: json.dumps(offsets)}
-    save_file(pieces, beside, metadata=metadata)
-    _sync(beside)
-    beside.replace(path)
+    with new_file(folder / _file_name(world.rank, world.world_size)) as part:
+        save_file(pieces, part, metadata=metadata)
     world.barrier()
     if world.is_first:
         index = {
             "files": [_file_name(rank, world.world_size) for rank in range(world.world_size)],
             "tensors": {name: {"shape": list(tensor.shape)} for name, tensor in tensors.items()},
         }
-        beside = folder / f"{INDEX}.part"
-        beside.write_text(json.dumps(index), encoding="utf-8")
-        _sync(beside)
-        beside.replace(folder / INDEX)
+        write_json(folder / INDEX, index)
     world.barrier()
 
 
@@ -183,8 +177,3 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def _file_name(rank: int, world_size: int) -> str:
     return f"shard-{rank + 1:05d}-of-{world_size:05d}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -1,0 +1,105 @@
+"""Where a run begins: in a new folder, over an earlier run, or at one of its checkpoints.
+
+In: the configuration and output_dir; later, what a checkpoint has saved. Out: the checkpoint to resume from, the progress to go
+on with, or a ValueError that says why a run cannot go on. An earlier run is deleted only where overwrite_output_dir says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from qwenkit.train.checkpoint import Saved, checkpoints, latest_checkpoint, remove_checkpoint, remove_leftovers
+from qwenkit.train.config import TrainConfig
+from qwenkit.train.log import LOG
+from qwenkit.train.parallel import World
+from qwenkit.train.parts import Progress
+from qwenkit.train.plots import FILES
+
+RESULTS = "all_results.json"
+_FINISHED = (RESULTS, "config.json", "adapter_config.json")  # what a finished run, or a model, is known by
+
+
+def check_folders(config: TrainConfig, folder: Path) -> None:
+    """ValueError for an output_dir that cannot be one, or that holds an earlier run and nothing says what shall become of it."""
+    wanted = config.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir is {config.output_dir!r}, which is a file; allowed is a folder")
+    if wanted not in (None, "latest") and not Path(wanted).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint is {wanted!r}, which is no folder; allowed are a checkpoint folder and latest"
+        )
+    earlier = [path.name for path in reversed(checkpoints(folder).values())]
+    if wanted is None or (wanted == "latest" and not earlier):
+        found = [*earlier, *(name for name in _FINISHED if (folder / name).is_file())]
+        if found and not config.overwrite_output_dir:
+            raise ValueError(
+                f"output_dir {folder} holds {found[0]} of an earlier run; "
+                + (
+                    "resume_from_checkpoint=latest goes on from it, overwrite_output_dir=true deletes it"
+                    if earlier
+                    else "overwrite_output_dir=true replaces it"
+                )
+            )
+
+
+def prepare_folder(config: TrainConfig, folder: Path, world: World, say: Callable[[str], None]) -> Path | None:
+    """Make output_dir ready and say from which checkpoint to resume, if from one. Nothing of an earlier run is deleted.
+
+    Raises ValueError as `check_folders` does, and where an earlier run shall be resumed and none of its checkpoints is whole;
+    OSError where one cannot be read.
+    """
+    found = ""
+    if world.is_first:
+        if folder.is_dir():
+            remove_leftovers(folder)
+        check_folders(config, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = config.resume_from_checkpoint or ""
+        if found == "latest":
+            path = latest_checkpoint(folder, say)
+            found = "" if path is None else str(path)
+            if path is None:
+                say(f"{folder} has no checkpoint; the run begins at step 0")
+    found = world.broadcast(found)
+    return Path(found) if found else None
+
+
+def remove_earlier_run(folder: Path) -> None:
+    """overwrite_output_dir: delete checkpoints and records of an earlier run, just before the first step of the new one."""
+    for path in checkpoints(folder).values():
+        remove_checkpoint(path)
+    for name in (LOG, RESULTS, *FILES.values()):
+        (folder / name).unlink(missing_ok=True)
+
+
+def restore_progress(saved: Saved, new: Progress) -> Progress:
+    """The progress of a checkpoint. What an older version did not save keeps the value of a new run."""
+    before = saved.state.get("progress", {})
+    known = asdict(new) | {"step": saved.state["step"]}
+    progress = Progress(**{name: before.get(name, value) for name, value in known.items()})
+    progress.tokens = saved.own.get("tokens", 0)
+    return progress
+
+
+def check_steps(folder: Path, saved: Saved, sequences_per_step: int, total_steps: int, *, epochs: bool) -> str | None:
+    """Compare the steps of a checkpoint with those of the run that resumes from it; a sentence for people where they differ.
+
+    Raises ValueError for a checkpoint beyond the last step, and for steps of another size where `epochs` say how long the run is.
+    """
+    step, before = saved.state["step"], saved.state.get("sequences_per_step")
+    if step > total_steps:
+        raise ValueError(
+            f"{folder} is at step {step}, but the run has {total_steps}: nothing is left to train; max_steps or "
+            "num_train_epochs can make it longer"
+        )
+    if before is None or before == sequences_per_step:  # older versions did not save it
+        return None
+    changed = (
+        f"a step was {before} sequences when {folder} was written and is {sequences_per_step} now "
+        "(per_device_train_batch_size * gradient_accumulation_steps * data-parallel processes)"
+    )
+    if epochs:
+        raise ValueError(f"{changed}, so the steps of its epochs are others; allowed is the same product, or max_steps")
+    return f"{changed}; step {step} of {total_steps} is counted on in steps of the new size"
