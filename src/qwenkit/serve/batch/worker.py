@@ -246,7 +246,10 @@ class BatchWorker:
             error = {"message": "stream is true, allowed in a batch is false", "type": "invalid_request_error"}
             refused = {"error": error | {"param": "stream", "code": "invalid_value"}}
             return False, answered(line.custom_id, 400, request_id, refused), (0, 0)
-        who = Caller(batch.owner_name, batch.owner, priority=PRIORITY, request_id=request_id)
+        is_admin = not batch.owner and bool(batch.owner_name)
+        who = Caller(
+            batch.owner_name, batch.owner, priority=PRIORITY, request_id=request_id, is_limited=not is_admin, may_owe=True
+        )
         content, wait, crashes = orjson.dumps(body), _WAIT, 0
         while True:
             response = await post(self._app, batch.endpoint, content, who)
