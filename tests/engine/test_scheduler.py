@@ -76,8 +76,7 @@ def test_a_newcomer_runs_in_the_next_step() -> None:
         step(scheduler)
     assert seats_of(scheduler) == {"heavy": 8}
     (light,) = add(scheduler, "light")
-    rows = step(scheduler)
-    assert [row for row in rows if row.sequence is light][0].num_tokens == 3
+    assert tokens_of(step(scheduler)) == {"light": 3}
     assert light.num_output == 1
     assert seats_of(scheduler) == {"heavy": 7, "light": 1}
     assert scheduler.num_preemptions == 1
@@ -129,14 +128,29 @@ def test_a_step_gives_each_principal_its_quantum_first() -> None:
     add(scheduler, "b", prompt=500)
     assert tokens_of(step(scheduler)) == {"a": 15, "b": 15}
     add(scheduler, "c", prompt=4)
-    assert tokens_of(step(scheduler)) == {"a": 16, "b": 10, "c": 4}, "what c leaves is for the others"
-    assert tokens_of(step(scheduler)) == {"a": 19, "b": 10, "c": 1}
+    assert tokens_of(step(scheduler)) == {"c": 4}, "c's first token"
+    assert tokens_of(step(scheduler)) == {"a": 19, "b": 10, "c": 1}, "what c leaves is for the others"
+
+
+def test_a_first_token_does_not_wait_for_what_others_have_in_the_step() -> None:
+    scheduler = scheduler_of()
+    add(scheduler, "heavy", count=100)
+    add(scheduler, "other", prompt=1)
+    for _ in range(3):
+        step(scheduler)
+    add(scheduler, "light", prompt=3)
+    assert tokens_of(step(scheduler)) == {"light": 3, "other": 1}, "those with no more than the newcomer stay"
+    add(scheduler, "late", prompt=3)
+    assert tokens_of(step(scheduler)) == {"heavy": 5, "light": 1, "other": 1, "late": 3}, "every other step is whole"
+    add(scheduler, "low", prompt=3, priority=-1)
+    assert tokens_of(step(scheduler))["heavy"] == 5, "a lower priority hurries nobody"
 
 
 def test_a_share_that_is_not_used_is_not_lost() -> None:
     scheduler = scheduler_of(max_batch_tokens=30)
     add(scheduler, "a", prompt=500, count=2)
     add(scheduler, "b", prompt=2)
+    assert tokens_of(step(scheduler)) == {"b": 2}
     for _ in range(10):
         assert sum(tokens_of(step(scheduler)).values()) == 30
 

@@ -12,12 +12,14 @@ from whoever has most, until all have as many as they can use. Tokens of a step 
 equal quantum of them first, and what it leaves is for the others. That is deficit round robin (Shreedhar and Varghese, Efficient
 Fair Queuing Using Deficit Round Robin, 1996) without its deficits: prompts can be cut, so that nothing is too large for a
 quantum. Counting the tokens that each has had (Sheng et al., Fairness in Serving Large Language Models, 2024: VTC) would also be
-fair over time, but only among those who wait; here seats are long lived, hence preemption. One principal alone is served by
-priority and age.
+fair over time, but only among those who wait; here seats are long lived, hence preemption. And since a step takes as long as all
+its tokens, one that brings a principal's first token serves nobody more than him, at most every other time. One principal alone is
+served by priority and age.
 
 Every sequence finishes. The first in rank of all, the oldest of the highest priority, is not preempted for others and fits alone.
 While it waits its principal has no seat at its priority (of one principal those that run are older than those that wait), so it
-is the next to be admitted; nobody passes it, and those that run end, since the first of them computes at least a token each step.
+is the next to be admitted; nobody passes it, and those that run end, since the first of them computes at least a token in every
+second step.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class Scheduler:
         self._seats: Counter[tuple[str, int]] = Counter()  # running sequences of a principal at a priority
         self._next_order = 0
         self.num_preemptions = 0
+        self._shortened = False  # the last step left rows out for the sake of a first token
 
     @property
     def has_work(self) -> bool:
@@ -114,6 +117,11 @@ class Scheduler:
         self._give_rest(tokens, budget)
         rows = [Row(sequence, count) for sequence, count in tokens.items() if count]
         assert rows or not self.has_work, "there is work but nothing can run"
+        if len(self._seats) > 1 and not self._shortened:
+            short = _for_first_tokens(rows)
+            self._shortened = len(short) < len(rows)
+            return short
+        self._shortened = False
         return rows
 
     def _give_rest(self, tokens: dict[Sequence, int], budget: int) -> int:
@@ -255,6 +263,22 @@ class Scheduler:
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
+
+
+def _for_first_tokens(rows: list[Row]) -> list[Row]:
+    """Rows of a step without the principals that would get more tokens in it than one whose first token it brings."""
+    tokens: Counter[str] = Counter()
+    for row in rows:
+        tokens[row.sequence.principal] += row.num_tokens
+    most = min(
+        (
+            tokens[row.sequence.principal]
+            for row in rows
+            if row.samples and not row.sequence.num_output and row.sequence.priority == rows[0].sequence.priority
+        ),
+        default=None,
+    )
+    return rows if most is None else [row for row in rows if tokens[row.sequence.principal] <= most]
 
 
 def _seniority(sequence: Sequence) -> tuple[int, int]:
