@@ -237,7 +237,8 @@ class Driver:
         """All Deltas of one step, on the event loop."""
         for ticket, delta in batch:
             try:
-                self._take(ticket, delta, now)
+                if ticket.error is None:  # else a Delta is missing already
+                    self._take(ticket, delta, now)
             except Exception:
                 log.exception("what was added to request %s could not be delivered", ticket.request_id)
                 self._fail(ticket, internal_error(ticket.request_id))
@@ -301,9 +302,8 @@ class Driver:
 
     def _hand_over(self, batch: Batch) -> None:
         """Send Deltas to the event loop, and forget requests that are finished."""
-        if not batch:
-            return
-        self._to_loop(self._deliver, batch, time.monotonic())
+        if batch:
+            self._to_loop(self._deliver, batch, time.monotonic())
         for ticket, delta in batch:
             ticket.begun = True
             ticket.unfinished -= delta.finish_reason is not None
