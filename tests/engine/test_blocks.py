@@ -1,4 +1,4 @@
-"""The block pool under random sequences of what a scheduler may do to it."""
+"""The block pool under random sequences of what a scheduler may do to it; in which order free blocks are used again."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,13 +18,25 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(NUM_BLOCKS)
         self.tables: list[list[int]] = []
         self.content: dict[int, bytes] = {}
+        self.touched: set[int] = set()
+        self.released: list[int] = []  # blocks in the order in which they last became free
 
     @rule(count=st.integers(1, 6))
     def allocate(self, count: int) -> None:
         if count > self.pool.num_free:
             return
-        blocks = self.pool.allocate(count)
         held = {block for table in self.tables for block in table}
+        nameless = [block for block in self.released if block not in self.content and block not in held]
+        fresh = NUM_BLOCKS - len(self.touched)
+        cached = [block for block in self.released if block in self.content and block not in held]
+        blocks = self.pool.allocate(count)
+        expected = nameless[::-1][:count]
+        assert blocks[: len(expected)] == expected, "blocks without a hash are reused first, the last released first"
+        new = blocks[len(expected) :][:fresh]
+        assert not self.touched & set(new), "memory that was never touched comes next"
+        rest = blocks[len(expected) + len(new) :]
+        assert rest == cached[: len(rest)], "cached blocks come last, the least recently used first"
+        self.touched |= set(blocks)
         assert len(set(blocks)) == count
         assert not held & set(blocks), "a held block was given out again"
         for block in blocks:
@@ -53,7 +65,21 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        self.pool.release(self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1))))
+        table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
+        self.pool.release(table)
+        held = {block for other in self.tables for block in other}
+        for block in reversed(table):
+            if block not in held:
+                self.released = [*(other for other in self.released if other != block), block]
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(sorted(self.content)))
+        self.pool.forget([block])
+        del self.content[block]
+        if not any(block in table for table in self.tables):
+            self.released = [*(other for other in self.released if other != block), block]
 
     @invariant()
     def every_block_is_accounted_for(self) -> None:
@@ -86,3 +112,17 @@ def test_chain_hash_depends_on_everything_before() -> None:
     assert one != two
     assert chain_hash(one, [4, 4]) != chain_hash(two, [4, 4])
     assert chain_hash(one, [4, 4]) == chain_hash(chain_hash(b"", [1, 2]), [4, 4])
+
+
+def test_short_requests_touch_the_same_few_blocks() -> None:
+    """Memory becomes resident when it is first written: what is used little must stay little."""
+    pool = BlockPool(1000)
+    touched: set[int] = set()
+    for number in range(200):
+        table = pool.allocate(3)
+        if number % 20 == 0:
+            pool.publish(table[0], number.to_bytes(2, "big"))
+        touched |= set(table)
+        pool.release(table)
+    assert len(touched) == 3 + 200 // 20
+    assert all(pool.share([number.to_bytes(2, "big")]) for number in range(0, 200, 20)), "the prefix cache lost something"

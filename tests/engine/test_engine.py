@@ -81,6 +81,7 @@ prompts = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=30), min_s
     max_num_seqs=st.integers(1, 6),
     max_tokens=st.integers(1, 12),
     repeat=st.booleans(),
+    principals=st.text("abc", min_size=6, max_size=6),
 )
 def test_greedy_tokens_equal_naive_decoding(
     make_engine: MakeEngine,
@@ -94,8 +95,11 @@ def test_greedy_tokens_equal_naive_decoding(
     max_num_seqs: int,
     max_tokens: int,
     repeat: bool,
+    principals: str,
 ) -> None:
-    """Chunk size x block size x prefix cache x preemption (the pool is barely larger than the longest request) x batch."""
+    """Chunk size x block size x prefix cache x preemption (the pool is barely larger than the longest request) x batch x
+    principals.
+    """
     model = model_of(variant)
     prompts = [shared_prefix + prompt for prompt in prompts]
     longest = max(map(len, prompts)) + max_tokens
@@ -109,16 +113,23 @@ def test_greedy_tokens_equal_naive_decoding(
     )
     expected = [naive_greedy(model, prompt, max_tokens) for prompt in prompts]
     for _ in range(1 + repeat):  # the second time the prefix cache holds what the first left
-        ids = [engine.add(prompt, SamplingParams(max_tokens=max_tokens)) for prompt in prompts]
+        ids = [
+            engine.add(prompt, SamplingParams(max_tokens=max_tokens), principal=principal)
+            for prompt, principal in zip(prompts, principals, strict=False)
+        ]
         deltas = run(engine)
         assert [tokens_of(deltas[request_id, 0]) for request_id in ids] == expected
 
 
-def test_preemption_is_exercised_and_changes_nothing(make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("principals", ["aaaaaa", "aaaaab", "abcabc"])
+def test_preemption_is_exercised_and_changes_nothing(make_engine: MakeEngine, principals: str) -> None:
     model = model_of("qwen3")
     prompts = [[i, 2 * i, 3 * i] for i in range(1, 7)]
     engine = make_engine(model, num_blocks=10)
-    ids = [engine.add(prompt, SamplingParams(max_tokens=20, ignore_eos=True)) for prompt in prompts]
+    ids = [
+        engine.add(prompt, SamplingParams(max_tokens=20, ignore_eos=True), principal=principal)
+        for prompt, principal in zip(prompts, principals, strict=True)
+    ]
     deltas = run(engine)
     assert engine.scheduler.num_preemptions > 0
     for request_id, prompt in zip(ids, prompts, strict=True):

@@ -53,6 +53,59 @@ def test_only_those_at_fault_are_set_apart(case: tuple[int, set[int]]) -> None:
     assert calls <= 1 + 2 * len(guilty) * (count - 1).bit_length()
 
 
+@given(st.integers(1, 64), st.integers(0, 63))
+def test_a_device_that_breaks_costs_a_few_tries(count: int, survived: int) -> None:
+    """It breaks for good at some row; every row ends, whoever is innocent of it."""
+    calls = 0
+    broken = False
+
+    def compute(rows: list[int]) -> list[int]:
+        nonlocal calls, broken
+        calls += 1
+        broken = broken or survived in rows
+        if broken:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return rows
+
+    def works() -> bool:
+        nonlocal calls
+        calls += 1
+        return not broken
+
+    results = dict(compute_apart(compute, list(range(count)), works))
+    assert list(results) == list(range(count))
+    assert calls == (2 if survived < count else 1)
+    assert broken == any(isinstance(result, RuntimeError) for result in results.values())
+
+
+def test_an_engine_that_cannot_compute_says_so_until_it_can(make_engine: MakeEngine, model: Qwen) -> None:
+    engine = make_engine(model, num_blocks=200)
+    calls, broken = 0, True
+
+    class Broken(_Poisoned):
+        def run(self, rows: list[Row]) -> Any:
+            nonlocal calls
+            calls += 1
+            if broken:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return self._runner.run(rows)
+
+    engine.runner = Broken(engine.runner, -1, 0)  # type: ignore[assignment]
+    for _ in range(3):
+        before = calls
+        ids = [engine.add([number, 1], PARAMS) for number in range(32)]
+        deltas = run(engine)
+        assert [deltas[request_id, 0][-1].finish_reason for request_id in ids] == ["error"] * 32
+        assert calls == before + 2, "one try, and one to see whether anything can be computed"
+        assert not engine.healthy
+        engine.check()
+    broken = False
+    request_id = engine.add(PROMPTS[0], PARAMS)
+    answer = run(engine)[request_id, 0]
+    assert tokens_of(answer) == expected(model, PROMPTS[0])
+    assert engine.healthy
+
+
 class _Poisoned:
     """A runner that raises when a row's prompt begins with `token`, from the answer's `place`-th token on."""
 
@@ -175,15 +228,21 @@ def test_the_lowest_priority_is_preempted_first(make_engine: MakeEngine, model: 
         assert answers[request_id] == expected(model, [number] * 6, 14), "whoever had to wait says the same"
 
 
-@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 10), st.integers(-1, 1)), min_size=1, max_size=8))
-def test_any_mix_of_priorities_finishes_and_loses_nothing(
-    make_engine: MakeEngine, model: Qwen, requests: list[tuple[int, int, int]]
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 10), st.integers(-1, 1), st.sampled_from("abc")),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_any_mix_of_priorities_and_principals_finishes_and_loses_nothing(
+    make_engine: MakeEngine, model: Qwen, requests: list[tuple[int, int, int, str]]
 ) -> None:
     engine = make_engine(model, num_blocks=9, max_num_seqs=3, max_batch_tokens=7)
     counts = {}
-    for length, answer, priority in requests:
+    for length, answer, priority, principal in requests:
         params = SamplingParams(max_tokens=answer, ignore_eos=True)
-        counts[engine.add([length] * length, params, priority=priority)] = answer
+        counts[engine.add([length] * length, params, priority=priority, principal=principal)] = answer
     for _ in range(600):
         if not engine.has_work:
             break
@@ -217,3 +276,52 @@ def test_an_llms_answer_says_why_it_failed(tmp_path: Path) -> None:
     assert failed.logprobs is not None
     assert len(failed.logprobs) == 2, "what is known of the tokens that came is kept"
     assert (whole.finish_reason, whole.error) == ("length", None)
+
+
+def test_ending_a_request_flushes_its_answers(make_engine: MakeEngine, model: Qwen) -> None:
+    """Those that run and those that have not begun end as at their longest; what was held back of their text comes."""
+    engine = make_engine(model, num_blocks=40)
+    params = SamplingParams(max_tokens=20, n=3, ignore_eos=True, stop=("never said at all",))
+    request_id, other = engine.add([5, 6, 7], params), engine.add([9, 9], PARAMS)
+    texts = {index: "" for index in range(3)}
+    tokens: dict[int, list[int]] = {index: [] for index in range(3)}
+    for _ in range(4):
+        for delta in engine.step():
+            if delta.request_id == request_id:
+                texts[delta.index] += delta.text
+                tokens[delta.index] += delta.token_ids
+    last = engine.end(request_id)
+    assert [(delta.index, delta.finish_reason, delta.token_ids) for delta in last] == [
+        (index, "length", ()) for index in range(3)
+    ]
+    for delta in last:
+        texts[delta.index] += delta.text
+    assert texts == {index: engine.tokenizer.decode(ids) for index, ids in tokens.items()}
+    assert engine.end(request_id) == []
+    assert {key for key, _ in run(engine)} == {other}
+    engine.check()
+
+
+def test_a_reset_leaves_an_empty_engine(make_engine: MakeEngine, model: Qwen) -> None:
+    engine = make_engine(model, num_blocks=40, max_num_seqs=2)
+    for prompt in PROMPTS:
+        engine.add(prompt, PARAMS)
+    engine.step()
+    engine.scheduler.running[0].block_table.append(39)  # books that do not balance
+    engine.reset()
+    assert not engine.has_work
+    engine.check()
+    request_id = engine.add(PROMPTS[1], PARAMS)
+    assert tokens_of(run(engine)[request_id, 0]) == expected(model, PROMPTS[1])
+
+
+def test_the_check_of_an_idle_engine_costs_nothing(make_engine: MakeEngine, model: Qwen) -> None:
+    """It is done for each request that comes alone, over pools of a hundred thousand blocks: it must not look at each."""
+    engine = make_engine(model, num_blocks=40)
+    engine.pool.num_blocks = 10**7
+    engine.pool._free = range(10**7)  # type: ignore[assignment]
+    engine.pool._references = None  # type: ignore[assignment]
+    engine.check_idle()
+    engine.pool._free = range(10**7 - 3)  # type: ignore[assignment]
+    with pytest.raises(AssertionError, match="3 blocks are held by nobody"):
+        engine.check_idle()

@@ -88,6 +88,7 @@ class ScriptedEngine:
         self.scheduler = _Scheduler()
         self.num_corrupted = 0
         self.num_failed = 0
+        self.healthy = True
         self._scripts: Scripts = scripts if callable(scripts) else list(scripts)
         self._next_id = 0
 
@@ -133,6 +134,15 @@ class ScriptedEngine:
             self.aborted.append(request_id)
         self._count_blocks()
 
+    def end(self, request_id: int) -> list[Delta]:
+        left = [a for a in (*self.scheduler.running, *self.scheduler.waiting) if a.request_id == request_id]
+        self.abort(request_id)
+        return [Delta(request_id, a.index, (), a.detokenizer.finish(), finish_reason="length") for a in left]
+
+    def reset(self) -> None:
+        self.scheduler.running, self.scheduler.waiting = [], []
+        self._count_blocks()
+
     def step(self) -> list[Delta]:
         assert self.gate.wait(60), "a test left the gate shut"
         if self.fails:
@@ -150,9 +160,9 @@ class ScriptedEngine:
         self._count_blocks()
         return deltas
 
-    def check(self) -> None:
-        if not self.has_work:
-            assert self.pool.num_free == self.pool.num_blocks
+    def check_idle(self) -> None:
+        assert not self.has_work
+        assert self.pool.num_free == self.pool.num_blocks
 
     def _count_blocks(self) -> None:
         self.pool.num_free = self.pool.num_blocks - len(self.scheduler.running)

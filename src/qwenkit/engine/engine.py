@@ -60,6 +60,7 @@ class Engine:
         self._next_id = 0
         self.num_corrupted = 0  # answers ended because their logits were not finite
         self.num_failed = 0  # answers ended because computing them raised
+        self.healthy = True  # False once a step raised and not even one token could be computed, until a step succeeds
 
     @property
     def has_work(self) -> bool:
@@ -72,12 +73,14 @@ class Engine:
         *,
         adapter: str | None = None,
         priority: int = 0,
+        principal: str = "",
         cache_namespace: str = "",
     ) -> int:
         """Queue a prompt of token ids; returns the request's id.
 
-        `adapter` names a loaded one. A higher `priority` runs first, a lower one is preempted first. Only requests of one
-        `cache_namespace` share a prefix.
+        `adapter` names a loaded one. A higher `priority` runs first, a lower one is preempted first. Within a priority each
+        `principal` gets an equal share of the engine, however many requests it has. Only requests of one `cache_namespace` share
+        a prefix.
         Raises ValueError for an empty prompt, one that leaves no room for an answer, a token id outside the vocabulary, an
         adapter that is not loaded, or a grammar that cannot be used.
         """
@@ -93,8 +96,8 @@ class Engine:
         seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
         sequences = [self._sequence(request_id, index, prompt, params, seed) for index in range(params.n)]
         for sequence in sequences:
-            sequence.priority, sequence.cache_namespace = priority, cache_namespace
-            sequence.adapter = adapter_key
+            sequence.priority, sequence.principal = priority, principal
+            sequence.cache_namespace, sequence.adapter = cache_namespace, adapter_key
         sequences[0].followers = sequences[1:]
         self._live[request_id] = sequences
         self.scheduler.add(sequences[0])
@@ -138,13 +141,29 @@ class Engine:
         for sequence in self._live.pop(request_id, ()):
             self.scheduler.remove(sequence)
 
+    def end(self, request_id: int) -> list[Delta]:
+        """End what is left of a request as if its answers had come to their longest; their last Deltas, which have no token."""
+        sequences = self._live.pop(request_id, [])
+        for sequence in sequences:
+            self.scheduler.remove(sequence)
+        return [
+            Delta(one.request_id, one.index, (), one.rest_of_text(), finish_reason="length", admitted_at=one.admitted_at)
+            for one in sequences
+        ]
+
+    def reset(self) -> None:
+        """Drop every request and the prefix cache, whatever state an error has left them in."""
+        self._live.clear()
+        self.scheduler.reset()
+        self.pool.reset()
+
     def step(self) -> list[Delta]:
         """Compute one batch and say what it added to each answer."""
         rows = self.scheduler.schedule()
         if not rows:
             return []
         deltas: list[Delta] = []
-        for row, choice in compute_apart(self._compute, rows):
+        for row, choice in compute_apart(self._compute, rows, self._works):
             if isinstance(choice, Exception):
                 self.num_failed += 1
                 deltas += self._fail(row.sequence, "the engine could not compute this request")
@@ -156,14 +175,24 @@ class Engine:
                 self.pool.forget(row.sequence.block_table)
                 deltas += self._fail(row.sequence, "the model gave no usable next token: its logits are not finite")
             else:
+                self.healthy = True
                 samples = row.samples
                 self.scheduler.computed(row)
                 if samples:
                     assert choice is not None
                     deltas += self._accept(row.sequence, choice)
-        if not self.has_work:
-            self.check()
         return deltas
+
+    def _works(self) -> bool:
+        """Whether the model computes one token, by itself in the runner's spare block."""
+        sequence = self._sequence(-1, 0, [0], SamplingParams(max_tokens=1).with_defaults(self.defaults), 0)
+        sequence.block_table = [self.pool.num_blocks]
+        try:
+            self._compute([Row(sequence, 1)])
+            self.healthy = True
+        except Exception:
+            self.healthy = False
+        return self.healthy
 
     def _compute(self, rows: list[Row]) -> list[Sampled | None]:
         """The next token of each row that samples. Changes nothing that would stand in the way of doing it again."""
@@ -194,11 +223,17 @@ class Engine:
         return [Delta(one.request_id, one.index, (), "", finish_reason="error", error=error) for one in ended]
 
     def check(self) -> None:
-        """Assert that no block is lost and nothing is remembered that nobody waits for."""
+        """Assert that no block is lost and nothing is remembered that nobody waits for. Looks at every block: for tests."""
         self.scheduler.check()
         if not self.has_work:
-            assert self.pool.num_free == self.pool.num_blocks
-            assert not self._live
+            self.check_idle()
+
+    def check_idle(self) -> None:
+        """Assert, by counts alone, that an engine without work holds nothing."""
+        assert not self.has_work, "there is work"
+        held = self.pool.num_blocks - self.pool.num_free
+        assert not held, f"{held} blocks are held by nobody"
+        assert not self._live, f"{len(self._live)} requests are remembered that are over"
 
     def _sequence(
         self, request_id: int, index: int, prompt: AbstractSequence[int], params: SamplingParams, seed: int

@@ -127,7 +127,9 @@ class Sequence:
         default_factory=list
     )  # answers 1 .. n-1, until the prompt is computed and they start
     priority: int = 0
-    order: int = 0  # place in the line of those that ever waited; given by the scheduler
+    principal: str = ""  # on whose behalf; principals get equal shares of the engine
+    order: int = 0  # age: how many came before; given by the scheduler, as is `turn`
+    turn: int = 0  # older sequences of its principal that run at its priority
     cache_namespace: str = ""
     admitted_at: float = 0.0
     matcher: Matcher | None = None
@@ -141,6 +143,14 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens whose keys and values are still to be computed; 1 while decoding."""
         return len(self.tokens) - self.num_computed
+
+    def rest_of_text(self) -> str:
+        """Text of an answer that ends here which was held back: it might have become a character, or a stop string."""
+        text = self.detokenizer.finish()
+        if self.stop_strings is None:
+            return text
+        text, matched = self.stop_strings.push(text)
+        return text if matched is not None else text + self.stop_strings.flush()
 
     def extend_hashes(self, block_size: int) -> list[bytes]:
         """Chained hashes of all blocks that the tokens fill. What else decides a key or value is in the chain's first link:

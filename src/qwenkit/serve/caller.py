@@ -17,7 +17,8 @@ SCOPE_KEY = "qwenkit.caller"
 class Caller:
     """`name` is the key's name in logs and metrics, "" without keys; `namespace` separates prefix cache, files and batches.
 
-    Limits of tokens a minute hold for a caller that `is_limited`.
+    Limits of tokens a minute hold for a caller that `is_limited`. An answer ends where they do, unless the caller `may_owe`: then
+    it is finished, and what it has too much is taken from the following minutes.
     """
 
     name: str = ""
@@ -26,6 +27,12 @@ class Caller:
     priority: int = 0
     request_id: str = ""
     is_limited: bool = False
+    may_owe: bool = False
+
+    @property
+    def principal(self) -> str:
+        """Who is counted, limited and served in turn with others: the key, whatever its name is today."""
+        return self.namespace or self.name
 
 
 _NOBODY = Caller()

@@ -4,6 +4,8 @@ In: prompts and what is wanted of them, from any number of tasks of one event lo
 engine's thread touches the engine; it hands all Deltas of a step over in one call, so that a step costs the event loop one
 wake-up and a token a list append. A stream that is closed early takes its request out before the next step, whatever it is
 doing. The thread's heartbeat tells a busy engine from a stuck one.
+
+Whatever raises in the thread ends the requests that it concerns with an error, and the thread goes on: no stream waits for ever.
 """
 
 from __future__ import annotations
@@ -21,24 +23,25 @@ from qwenkit.engine.request import Delta
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError, internal_error
-from qwenkit.serve.limits import MinuteLimits
+from qwenkit.serve.limits import MinuteLimits, QueueLimits
 from qwenkit.serve.metrics import Metrics
-from qwenkit.serve.ticket import Ticket, watch_engine
+from qwenkit.serve.ticket import Batch, Ticket, count_tokens, watch_engine
 
 log = logging.getLogger("qwenkit.serve")
 
 IDLE_BEAT = 0.5  # seconds between heartbeats of an idle engine
 RAISED_STEPS = 3  # steps in a row that raise as a whole before the engine counts as broken
-FAILED_REQUESTS = 10  # the same for requests in a row that fail one by one
 RETRY_AFTER = "2"
 
 
 class Driver:
     """Runs `engine` in a thread of its own between `start` and `stop`.
 
-    Refused with ApiError 429: what would make more than `max_queued` requests or `max_queued_tokens` prompt tokens wait. One
-    request alone may be longer than that, else nothing could ever serve it. `stall_timeout`: seconds in which a living engine's
-    thread comes by.
+    Refused with ApiError 429: what would make more than `max_queued` requests or `max_queued_tokens` prompt tokens wait, see
+    QueueLimits. `stall_timeout`: seconds in which a living engine's thread comes by.
+
+    Tokens are counted by `limits` as they are made. When a key's minute is used up, those of its answers that have begun end with
+    finish_reason length, and requests of which nothing has come yet with ApiError 429.
     """
 
     def __init__(
@@ -53,13 +56,12 @@ class Driver:
         log_contents: bool = False,
     ) -> None:
         self.engine = engine
-        self.max_queued = max_queued
-        self.max_queued_tokens = max_queued_tokens
         self.stall_timeout = stall_timeout
         self.metrics = metrics or Metrics()
         self.limits = limits or MinuteLimits()
         self.log_contents = log_contents
         self.draining = False
+        self._queue = QueueLimits(max_queued, max_queued_tokens)
         self._inbox: deque[tuple[str, Any]] = deque()
         self._bell = threading.Condition()
         self._stopping = False
@@ -67,11 +69,9 @@ class Driver:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._beat = time.monotonic()
         self._raised = 0
-        self._failed = 0
+        self._unchecked = False  # the engine has worked since its books were last looked at
         self._open: set[Ticket] = set()
-        self._by_engine_id: dict[int, Ticket] = {}  # the thread's
-        self._num_queued = 0
-        self._queued_tokens = 0
+        self._by_engine_id: dict[int, Ticket] = {}  # the thread's, of requests in the engine
         watch_engine(self.metrics, engine, lambda: self.heartbeat_age)
 
     def start(self) -> None:
@@ -108,22 +108,21 @@ class Driver:
     @property
     def healthy(self) -> bool:
         """Whether the engine's thread lives, comes by, and can compute."""
-        return self._responds and self._raised < RAISED_STEPS and self._failed < FAILED_REQUESTS
+        return self._responds and self._raised < RAISED_STEPS and self.engine.healthy
 
     @property
     def _responds(self) -> bool:
-        alive = self._thread is not None and self._thread.is_alive()
-        return alive and self.heartbeat_age <= self.stall_timeout
+        return self._thread is not None and self._thread.is_alive() and self.heartbeat_age <= self.stall_timeout
 
     @property
     def num_waiting(self) -> int:
         """Requests accepted of which nothing has come back yet."""
-        return self._num_queued
+        return self._queue.num_requests
 
     @property
     def num_running(self) -> int:
         """Requests that are being answered."""
-        return len(self._open) - self._num_queued
+        return len(self._open) - self.num_waiting
 
     async def stream(
         self,
@@ -144,6 +143,7 @@ class Driver:
         who = caller.get()
         settings: dict[str, Any] = {
             "priority": who.priority if priority is None else priority,
+            "principal": who.principal,
             "cache_namespace": who.namespace if cache_namespace is None else cache_namespace,
         }
         if adapter is not None:
@@ -178,13 +178,10 @@ class Driver:
         if not self._responds:
             raise self._refused("unhealthy", 503, "the engine does not respond", "engine_unhealthy")
         self.engine.check_prompt(ticket.prompt)
-        if self._num_queued >= self.max_queued:
-            raise self._refused("queue_full", 429, f"{self._num_queued} requests are waiting already", "queue_full")
-        length = len(ticket.prompt)
-        if self._num_queued and self._queued_tokens + length > self.max_queued_tokens:
-            raise self._refused(
-                "queue_tokens", 429, f"{self._queued_tokens} prompt tokens are waiting already", "queue_full"
-            )
+        principal, length = ticket.caller.principal, len(ticket.prompt)
+        excess = self._queue.excess(principal, length)
+        if excess is not None:
+            raise self._refused(excess[0], 429, excess[1], "queue_full")
         try:
             self.limits.take_tokens(ticket.caller, length)
         except ApiError:
@@ -193,9 +190,8 @@ class Driver:
         self._loop = asyncio.get_running_loop()
         if self.log_contents:
             ticket.texts = []
-        ticket.open_answers = ticket.params.n
-        self._num_queued += 1
-        self._queued_tokens += length
+        ticket.open_answers = ticket.unfinished = ticket.params.n
+        self._queue.add(principal, length)
         self._open.add(ticket)
         self._send("add", ticket)
         return ticket
@@ -213,21 +209,20 @@ class Driver:
     def _dequeue(self, ticket: Ticket) -> None:
         if ticket.queued:
             ticket.queued = False
-            self._num_queued -= 1
-            self._queued_tokens -= len(ticket.prompt)
+            self._queue.remove(ticket.caller.principal, len(ticket.prompt))
 
     def _close(self, ticket: Ticket) -> None:
         """The stream is over, by whichever side."""
         self._dequeue(ticket)
-        if ticket in self._open:
-            self._open.discard(ticket)
-            if ticket.open_answers:
-                ticket.reason = "abort" if ticket.error is None else "error"
-                self.metrics.finished(ticket.reason)
-                self._send("abort", ticket)
-            self.metrics.generation_tokens.inc(ticket.num_tokens)
-            self.limits.spend_tokens(ticket.caller, ticket.num_tokens)
-            ticket.record(self.engine.tokenizer)
+        if ticket not in self._open:
+            return
+        self._open.discard(ticket)
+        if ticket.open_answers:
+            self._send("abort", ticket)
+            ticket.reason = "abort" if ticket.error is None else "error"
+            self.metrics.finished(ticket.reason)
+        self.metrics.generation_tokens.inc(ticket.num_tokens)
+        ticket.record(self.engine.tokenizer)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         ticket.error = error
@@ -238,65 +233,96 @@ class Driver:
         if ticket.waiter is not None and not ticket.waiter.done():
             ticket.waiter.set_result(None)
 
-    def _deliver(self, batch: list[tuple[Ticket, Delta]], now: float) -> None:
+    def _deliver(self, batch: Batch, now: float) -> None:
         """All Deltas of one step, on the event loop."""
-        gaps = self.metrics.inter_token_latency
         for ticket, delta in batch:
-            if delta.error is not None:
-                where = f" (request id {ticket.request_id})" if ticket.request_id else ""
-                self._fail(ticket, ApiError(500, delta.error + where, "server_error", code="engine_error"))
-                continue
-            if ticket.queued:
-                self._dequeue(ticket)
-                ticket.began(delta, now, self.metrics)
-            else:
-                gaps.observe(now - ticket.last)
-            ticket.last = now
-            ticket.num_tokens += len(delta.token_ids)
-            ticket.pending.append(delta)
-            if ticket.texts is not None:
-                ticket.texts.append(delta.text)
-            if delta.finish_reason is not None:
-                ticket.open_answers -= 1
-                ticket.reason = delta.finish_reason
-                self.metrics.finished(delta.finish_reason)
-                if not ticket.open_answers:
-                    ticket.ended(now, self.metrics)
-            if ticket.waiter is not None and not ticket.waiter.done():
-                ticket.waiter.set_result(None)
+            try:
+                if ticket.error is None:  # else a Delta is missing already
+                    self._take(ticket, delta, now)
+            except Exception:
+                log.exception("what was added to request %s could not be delivered", ticket.request_id)
+                self._fail(ticket, internal_error(ticket.request_id))
+
+    def _take(self, ticket: Ticket, delta: Delta, now: float) -> None:
+        if delta.error is not None:
+            where = f" (request id {ticket.request_id})" if ticket.request_id else ""
+            self._fail(ticket, ApiError(500, delta.error + where, "server_error", code="engine_error"))
+            return
+        if ticket.queued:
+            self._dequeue(ticket)
+            ticket.began(delta, now, self.metrics)
+        elif delta.token_ids:
+            self.metrics.inter_token_latency.observe(now - ticket.last)
+        ticket.last = now
+        ticket.num_tokens += len(delta.token_ids)
+        ticket.pending.append(delta)
+        if ticket.texts is not None:
+            ticket.texts.append(delta.text)
+        if delta.finish_reason is not None:
+            ticket.open_answers -= 1
+            ticket.reason = delta.finish_reason
+            self.metrics.finished(delta.finish_reason)
+            if not ticket.open_answers:
+                ticket.ended(now, self.metrics)
+        self._wake(ticket)
 
     # The engine thread's side.
 
     def _run(self) -> None:
-        engine = self.engine
-        while True:
-            self._beat = time.monotonic()
-            with self._bell:
-                if not self._inbox and not engine.has_work and not self._stopping:
-                    self._bell.wait(IDLE_BEAT)
-                if self._stopping:
-                    return
-                commands = list(self._inbox)
-                self._inbox.clear()
-            for kind, what in commands:
-                self._obey(kind, what)
-            if not engine.has_work:
-                continue
-            try:
-                deltas = engine.step()
-                self._raised = 0
-            except Exception:
-                log.exception("a step of the engine failed")
-                self._raised += 1
-                self._drop_all()
-                continue
-            for delta in deltas:
-                self._failed = 0 if delta.error is None else self._failed + 1
-            batch = [
-                (ticket, delta) for delta in deltas if (ticket := self._by_engine_id.get(delta.request_id)) is not None
-            ]
-            if batch:
-                self._to_loop(self._deliver, batch, time.monotonic())
+        try:
+            while not self._stopping:
+                self._beat = time.monotonic()
+                try:
+                    self._turn()
+                except BaseException:  # a panic in a tokenizer's Rust code is not an Exception
+                    log.exception("the engine's thread failed")
+                    self._raised += 1
+                    self._drop_all()
+        finally:
+            self._abandon()
+
+    def _turn(self) -> None:
+        """Do what was sent, then one step; wait a while where there is neither."""
+        with self._bell:
+            if not self._inbox and not self.engine.has_work and not self._stopping:
+                self._bell.wait(IDLE_BEAT)
+        while self._inbox and not self._stopping:
+            self._obey(*self._inbox.popleft())
+        if self.engine.has_work and not self._stopping:
+            self._step()
+        elif self._unchecked:
+            self._unchecked = False
+            self._check_idle()
+
+    def _step(self) -> None:
+        deltas = self.engine.step()
+        self._raised, self._unchecked = 0, True
+        known = self._by_engine_id
+        self._hand_over(self._count([(known[d.request_id], d) for d in deltas if d.request_id in known]))
+
+    def _hand_over(self, batch: Batch) -> None:
+        """Send Deltas to the event loop, and forget requests that are finished."""
+        if batch:
+            self._to_loop(self._deliver, batch, time.monotonic())
+        for ticket, delta in batch:
+            ticket.begun = True
+            ticket.unfinished -= delta.finish_reason is not None
+            if not ticket.unfinished:
+                self._by_engine_id.pop(delta.request_id, None)
+
+    def _count(self, batch: Batch) -> Batch:
+        """Count the tokens of a step, and end the requests whose minute they use up; what is to be delivered."""
+        for ticket in count_tokens(batch, self.limits):
+            assert ticket.engine_id is not None
+            rest = self.engine.end(ticket.engine_id)
+            if ticket.begun:
+                batch = batch + [(ticket, delta) for delta in rest]
+            else:
+                batch = [one for one in batch if one[0] is not ticket]
+                del self._by_engine_id[ticket.engine_id]
+                self.metrics.rejected("rate_limit")
+                self._to_loop(self._fail, ticket, self.limits.tokens_exceeded(ticket.caller))
+        return batch
 
     def _obey(self, kind: str, what: Any) -> None:
         if kind == "add":
@@ -305,44 +331,59 @@ class Driver:
                 self._by_engine_id[what.engine_id] = what
             except ValueError as error:
                 self._to_loop(self._fail, what, error)
-            except Exception:
+            except BaseException:
                 log.exception("request %s could not be added", what.request_id)
                 self._to_loop(self._fail, what, internal_error(what.request_id))
         elif kind == "abort":
-            if what.engine_id is not None:
-                self._by_engine_id.pop(what.engine_id, None)
+            if self._by_engine_id.get(what.engine_id) is what:
                 self.engine.abort(what.engine_id)
-                self._check_idle()
+                del self._by_engine_id[what.engine_id]
+                self._unchecked = True
         else:
             function, loop, future = what
             try:
-                outcome = function(self.engine)
-            except Exception as error:
-                loop.call_soon_threadsafe(_settle, future, None, error)
-            else:
-                loop.call_soon_threadsafe(_settle, future, outcome, None)
+                self._to(loop, _settle, future, function(self.engine), None)
+            except BaseException as error:
+                self._to(loop, _settle, future, None, error if isinstance(error, Exception) else RuntimeError(str(error)))
 
     def _drop_all(self) -> None:
         """The engine cannot go on with what it has: every request in it is answered with an error."""
-        for engine_id, ticket in list(self._by_engine_id.items()):
-            try:
-                self.engine.abort(engine_id)
-            except Exception:
-                log.exception("a request could not be taken out of the engine")
-            self._to_loop(self._fail, ticket, internal_error(ticket.request_id))
+        tickets = list(self._by_engine_id.values())
         self._by_engine_id.clear()
+        for ticket in tickets:
+            self._to_loop(self._fail, ticket, internal_error(ticket.request_id))
+        try:
+            self.engine.reset()
+        except Exception:
+            log.exception("the engine could not be emptied")
+        if self._raised >= RAISED_STEPS:
+            time.sleep(IDLE_BEAT)  # it may be for good
+
+    def _abandon(self) -> None:
+        """The thread ends: nobody else will answer what is in the engine or was sent to it."""
+        stopped = ApiError(503, "the server is shutting down", "server_error", code="shutting_down")
+        for ticket in self._by_engine_id.values():
+            self._to_loop(self._fail, ticket, stopped)
+        self._by_engine_id.clear()
+        for kind, what in self._inbox:
+            if kind == "add":
+                self._to_loop(self._fail, what, stopped)
+            elif kind == "call":
+                self._to(what[1], _settle, what[2], None, stopped)
 
     def _check_idle(self) -> None:
         """An engine without work holds no block: said aloud where it is not so, and the server goes on."""
-        if not self.engine.has_work:
-            try:
-                self.engine.check()
-            except AssertionError:
-                log.exception("the idle engine's books do not balance")
+        try:
+            self.engine.check_idle()
+        except Exception:
+            log.exception("the idle engine's books do not balance")
 
     def _to_loop(self, function: Callable[..., None], *args: Any) -> None:
-        loop = self._loop
-        assert loop is not None
+        assert self._loop is not None
+        self._to(self._loop, function, *args)
+
+    @staticmethod
+    def _to(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
         try:
             loop.call_soon_threadsafe(function, *args)
         except RuntimeError:  # the loop has been closed: nobody waits any more

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Delta
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.serve.caller import Caller
+from qwenkit.serve.limits import MinuteLimits
 from qwenkit.serve.logs import log_answer
 from qwenkit.serve.metrics import Metrics
 from qwenkit.serve.tracing import current
@@ -23,7 +25,9 @@ from qwenkit.text.tokenizer import Tokenizer
 
 @dataclass(eq=False)
 class Ticket:
-    """The event loop owns it, but for `engine_id`, which is the engine thread's. Times are time.monotonic()."""
+    """The event loop owns it, but for `engine_id`, `unfinished` and `begun`, which are the engine thread's. Times are
+    time.monotonic().
+    """
 
     prompt: Sequence[int]
     params: SamplingParams
@@ -37,6 +41,8 @@ class Ticket:
     queued: bool = True  # counted among the waiting: nothing has come back yet
     open_answers: int = 0
     engine_id: int | None = None
+    unfinished: int = 0  # answers of which the engine has not given the last Delta
+    begun: bool = False  # Deltas have been handed to the event loop
     first: float = 0.0
     last: float = 0.0
     num_tokens: int = 0
@@ -81,6 +87,27 @@ class Ticket:
         if self.texts is not None:
             fields |= {"prompt": tokenizer.decode(self.prompt, skip_special=False), "answer": "".join(self.texts)}
         log_answer(fields)
+
+
+Batch: TypeAlias = list[tuple[Ticket, Delta]]  # what a step added, and to which requests
+
+
+def count_tokens(batch: Batch, limits: MinuteLimits) -> list[Ticket]:
+    """Count the tokens of a step for the keys of their requests; the requests that must end because a minute is used up."""
+    made: dict[str, tuple[Caller, int]] = {}
+    finished: Counter[Ticket] = Counter()
+    for ticket, delta in batch:
+        finished[ticket] += delta.finish_reason is not None
+        if ticket.caller.is_limited:
+            _, count = made.get(ticket.caller.principal, (ticket.caller, 0))
+            made[ticket.caller.principal] = ticket.caller, count + len(delta.token_ids)
+    over = {principal for principal, (who, count) in made.items() if not limits.spend_tokens(who, count)}
+    return [
+        ticket
+        for ticket, count in finished.items()
+        if count < ticket.unfinished and ticket.caller.is_limited and not ticket.caller.may_owe
+        and ticket.caller.principal in over
+    ]  # fmt: skip
 
 
 def watch_engine(metrics: Metrics, engine: Engine, heartbeat_age: Callable[[], float]) -> None:

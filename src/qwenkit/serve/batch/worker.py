@@ -51,6 +51,15 @@ class _Feed:
     exhausted: bool = False
     running: set[asyncio.Task[None]] = field(default_factory=set)
     turn: int = 0
+    resumes: float = 0.0  # time.monotonic() before which its key has no room for another line
+
+
+class _KeyWaitsError(Exception):
+    """A key's minute, or its part of the queue, is used up for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
 
 
 class BatchWorker:
@@ -200,7 +209,7 @@ class BatchWorker:
                 return 0.05
             self._turns += 1
             chosen.turn = self._turns
-            task = asyncio.create_task(self._answer(chosen.batch, chosen.waiting.popleft()))
+            task = asyncio.create_task(self._answer(chosen, chosen.waiting.popleft()))
             chosen.running.add(task)
             task.add_done_callback(lambda done, feed=chosen: self._done(feed, done))  # type: ignore[misc]
             await asyncio.sleep(0)  # the line gets to the engine before the next look at its queue
@@ -211,7 +220,8 @@ class BatchWorker:
         busy: Counter[str] = Counter()
         for feed in self._feeds.values():
             busy[feed.batch.owner] += len(feed.running)
-        ready = [feed for feed in self._feeds.values() if feed.waiting]
+        now = time.monotonic()
+        ready = [feed for feed in self._feeds.values() if feed.waiting and feed.resumes <= now]
         return min(ready, key=lambda feed: (busy[feed.batch.owner], len(feed.running), feed.turn), default=None)
 
     def _done(self, feed: _Feed, task: asyncio.Task[None]) -> None:
@@ -220,10 +230,15 @@ class BatchWorker:
         if not task.cancelled() and task.exception() is not None:
             log.error("a line of batch %s was lost until the next start", feed.batch.id, exc_info=task.exception())
 
-    async def _answer(self, batch: BatchRow, line: Line) -> None:
-        """One line, from the input file to its result in the store."""
+    async def _answer(self, feed: _Feed, line: Line) -> None:
+        """One line, from the input file to its result in the store; or back into the line, where its key has to wait."""
+        batch = feed.batch
         try:
             ok, record, tokens = await self._ask(batch, line)
+        except _KeyWaitsError as error:
+            feed.resumes = max(feed.resumes, time.monotonic() + error.seconds)
+            feed.waiting.appendleft(line)
+            return
         except Exception:
             log.exception("line %d of batch %s failed", line.line, batch.id)
             message = f"The server failed at this request (request id {_request_id(batch, line)})."
@@ -246,14 +261,19 @@ class BatchWorker:
             error = {"message": "stream is true, allowed in a batch is false", "type": "invalid_request_error"}
             refused = {"error": error | {"param": "stream", "code": "invalid_value"}}
             return False, answered(line.custom_id, 400, request_id, refused), (0, 0)
-        who = Caller(batch.owner_name, batch.owner, priority=PRIORITY, request_id=request_id)
+        is_admin = not batch.owner and bool(batch.owner_name)
+        who = Caller(
+            batch.owner_name, batch.owner, priority=PRIORITY, request_id=request_id, is_limited=not is_admin, may_owe=True
+        )
         content, wait, crashes = orjson.dumps(body), _WAIT, 0
         while True:
             response = await post(self._app, batch.endpoint, content, who)
             status = response.status_code
             crashed = status >= 500 and status != 503
             crashes += crashed
-            if status not in (429, 503) and not (crashed and crashes < _CRASHES):
+            if status == 429:  # others may go on meanwhile
+                raise _KeyWaitsError(_retry_after(response, wait) * random.uniform(1.0, 1.25))
+            if status != 503 and not (crashed and crashes < _CRASHES):
                 break
             await asyncio.sleep(_retry_after(response, wait) * random.uniform(1.0, 1.25))
             wait = min(2 * wait, _LONGEST_WAIT)
