@@ -103,15 +103,21 @@ def test_moe_layers() -> None:
         ({"model_type": "mistral"}, f"model_type 'mistral' is not supported; known types are {', '.join(MODEL_TYPES)}"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "896"}, "hidden_size is '896', but a whole number"),
+        ({"hidden_size": "896"}, "hidden_size is '896', allowed is a whole number"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"vocab_size": -5}, "vocab_size is -5"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(14\) is not a multiple of num_key_value_heads \(3\)"),
         ({"head_dim": 63}, r"head_dim \(63\)"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "rope type 'llama3' is not supported; known types are"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope factor is 0.5"),
-        ({"use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types must list 24 times"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8.0}},
+            "rope_scaling.type is 'llama3', allowed is 'default',",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5, allowed is a number from 1"),
+        (
+            {"use_sliding_window": True, "layer_types": ["full_attention"]},
+            r"layer_types is \['full_attention'\], allowed is a list of 24 items",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_named(changes: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -239,17 +240,84 @@ def other_header(data: bytes) -> bytes:
     return data[: HEADER + 20] + b"#" + data[HEADER + 21 :]
 
 
+def bytes_changed(data: bytes) -> bytes:
+    """200 bytes of the data, one bit each, at places that are no padding between tensors for certain."""
+    changed = bytearray(data)
+    start = data_start(data)
+    for index in range(200):
+        changed[start + (len(data) - start) * index // 200] ^= 1 << index % 8
+    return bytes(changed)
+
+
+def one_bit_changed(data: bytes) -> bytes:
+    changed = bytearray(data)
+    changed[data_start(data) + 5] ^= 4
+    return bytes(changed)
+
+
+def second_half_zero(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+
+
+def data_start(data: bytes) -> int:
+    return -(-(HEADER + int.from_bytes(data[8:16], "little")) // 4096) * 4096
+
+
+@pytest.mark.usefixtures("mapped_or_read")
 @pytest.mark.parametrize(
-    "damage", [cut, cut_in_the_header, empty, longer, other_magic, other_length, other_header], ids=lambda f: f.__name__
+    "damage",
+    [
+        cut,
+        cut_in_the_header,
+        empty,
+        longer,
+        other_magic,
+        other_length,
+        other_header,
+        bytes_changed,
+        one_bit_changed,
+        second_half_zero,
+    ],
+    ids=lambda f: f.__name__,
 )
 def test_a_damaged_file_is_made_again(folder: Path, cache: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
     expected = load(folder, cache)
     path = only_file(cache)
     whole = path.read_bytes()
-    path.write_bytes(damage(whole))
+    other = cache.parent / "damaged"
+    other.write_bytes(damage(whole))
+    other.replace(path)  # not in place: `expected` may be mapped from the file
     assert_equal(load(folder, cache), expected)
-    assert f"{path} cannot be used and is made again" in caplog.text
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{path} cannot be used and is made again: ")
+    assert "\n" not in record.getMessage()
     assert only_file(cache).read_bytes() == whole
+    assert_equal(loaded_again(folder, cache), expected)
+
+
+@pytest.mark.parametrize("damage", [0, 1])
+def test_any_byte_of_any_tensor_counts(folder: Path, cache: Path, damage: int) -> None:
+    """The first and the last byte of each tensor; the warning names it."""
+    load(folder, cache)
+    path = only_file(cache)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[8:16], "little")
+    header = json.loads(whole[HEADER : HEADER + length])
+    for name, (_, _, offset, count, _) in header["tensors"].items():
+        changed = bytearray(whole)
+        changed[data_start(whole) + offset + damage * (count - 1)] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=f"it is damaged: tensor {re.escape(name)} has another checksum"):
+            repacked._read(path)
+
+
+def test_a_fifo_in_the_cache_is_replaced(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = load(folder, cache)
+    path = only_file(cache)
+    path.unlink()
+    os.mkfifo(path)
+    assert_equal(load(folder, cache), expected)
+    assert "is a named pipe (FIFO), but a regular file is needed" in caplog.text
     assert_equal(loaded_again(folder, cache), expected)
 
 

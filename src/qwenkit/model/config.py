@@ -2,7 +2,8 @@
 
 In: the dictionary of config.json of any supported `model_type` (old and new spellings of the same key).
 Out: one frozen dataclass that the model, the loader and the engine share. Nothing here is a table of known models: every size
-comes from the file; a key that would change the arithmetic in a way this model cannot follow is refused by name.
+comes from the file. config_schema.py says what may stand at each key; a key that would change the arithmetic in a way that this
+model cannot follow is refused by name.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwenkit.errors import FieldError, shorten
+from qwenkit.model.config_schema import FAMILIES, LARGEST_SIZE, SOURCE, Whole, read_keys, refuse_foreign_keys
 from qwenkit.model.rope import RopeConfig
 
-MODEL_TYPES = ("qwen", "qwen2", "qwen3", "llama", "qwen2_moe", "qwen3_moe")
+MODEL_TYPES = tuple(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,21 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _SIZES:
-            _check_size(name, getattr(self, name))
+            if not Whole().accepts(getattr(self, name)):
+                raise FieldError(name, getattr(self, name), Whole().words, source=SOURCE)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config: num_attention_heads ({self.num_attention_heads}) is not a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2 or self.rope.rotary_dim % 2 or self.rope.rotary_dim > self.head_dim:
+        rotary_dim = self.rope.rotary_dim
+        if self.head_dim % 2 or rotary_dim % 2 or not 2 <= rotary_dim <= self.head_dim:
             raise ValueError(
-                f"config: head_dim ({self.head_dim}) and the rotary width ({self.rope.rotary_dim}) must be even, "
-                "and the rotary width at most head_dim"
+                f"config: head_dim ({self.head_dim}) and the rotary width ({rotary_dim}) must be even, "
+                "and the rotary width from 2 to head_dim"
             )
+        if self.rope.dynamic_ntk_length is not None and rotary_dim < 4:  # the base is raised to r / (r - 2)
+            raise ValueError(f"config: use_dynamic_ntk needs a rotary width of at least 4, head_dim gives {rotary_dim}")
         if not self.sliding_windows:
             object.__setattr__(self, "sliding_windows", (None,) * self.num_hidden_layers)
 
@@ -77,45 +84,44 @@ class ModelConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read a config.json dictionary.
 
-        Raises ValueError naming the key when model_type is unknown, a size is missing or impossible, or the file asks for
-        arithmetic that this model does not have (another activation, another rope type).
+        Raises ValueError naming the key when model_type is unknown, a size is missing or impossible, a value has another type
+        than the key, or the file asks for arithmetic that this model does not have (another activation, another rope type).
         """
         model_type = config.get("model_type")
         if model_type not in MODEL_TYPES:
             raise ValueError(
-                f"config: model_type {model_type!r} is not supported; known types are {', '.join(MODEL_TYPES)}"
+                f"config: model_type {shorten(model_type)} is not supported; known types are {', '.join(MODEL_TYPES)}"
             )
+        keys = read_keys(config, FAMILIES[model_type])
+        refuse_foreign_keys(config, model_type)
         if model_type == "qwen":
-            return _from_qwen1(config)
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ValueError(f"config: hidden_act is {activation!r}, but only 'silu' is supported")
-        heads = _size(config, "num_attention_heads")
-        hidden_size = _size(config, "hidden_size")
-        layers = _size(config, "num_hidden_layers")
-        head_dim = config.get("head_dim") or (128 if model_type.startswith("qwen3") else hidden_size // heads)
-        max_position = config.get("max_position_embeddings", 32768)
-        attention_bias = bool(config.get("attention_bias", False))
+            return _from_qwen1(keys)
+        heads, hidden_size, layers = keys["num_attention_heads"], keys["hidden_size"], keys["num_hidden_layers"]
+        head_dim = keys["head_dim"] or hidden_size // heads
+        if head_dim < 1:
+            raise FieldError("num_attention_heads", heads, f"at most hidden_size, {hidden_size}", source=SOURCE)
+        no_groups = "num_key_value_heads" in config and config["num_key_value_heads"] is None
+        attention_bias = keys["attention_bias"]
         return cls(
             model_type=model_type,
-            vocab_size=_size(config, "vocab_size"),
+            vocab_size=keys["vocab_size"],
             hidden_size=hidden_size,
-            intermediate_size=_size(config, "intermediate_size"),
+            intermediate_size=keys["intermediate_size"],
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            num_key_value_heads=(None if no_groups else keys["num_key_value_heads"]) or heads,
             head_dim=head_dim,
-            max_position_embeddings=max_position,
-            rope=RopeConfig.from_dict(config, head_dim=head_dim, max_position=max_position),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            qkv_bias={"qwen2": True, "qwen2_moe": bool(config.get("qkv_bias", True))}.get(model_type, attention_bias),
+            max_position_embeddings=keys["max_position_embeddings"],
+            rope=RopeConfig.from_keys(keys, head_dim=head_dim),
+            rms_norm_eps=float(keys["rms_norm_eps"]),
+            qkv_bias={"qwen2": True, "qwen2_moe": keys["qkv_bias"]}.get(model_type, attention_bias),
             o_bias=attention_bias and not model_type.startswith("qwen2"),
-            mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
+            mlp_bias=keys["mlp_bias"] and model_type == "llama",
             qk_norm=model_type.startswith("qwen3"),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            sliding_windows=_sliding_windows(config, layers),
-            moe=_moe(config, layers) if model_type.endswith("_moe") else None,
-            dtype=config.get("dtype") or config.get("torch_dtype"),
+            tie_word_embeddings=keys["tie_word_embeddings"],
+            sliding_windows=_sliding_windows(keys, model_type, layers),
+            moe=_moe(keys, model_type, layers) if model_type.endswith("_moe") else None,
+            dtype=_dtype(keys),
         )
 
 
@@ -131,99 +137,90 @@ _SIZES = (
 )
 
 
-LARGEST_SIZE = 2**24  # no dimension of any model comes near; a hostile file must not make us count to it
-
-
-def _check_size(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
-        raise ValueError(f"config: {name} is {value!r}, but a whole number from 1 to {LARGEST_SIZE} is needed")
-    return value
-
-
-def _size(config: Mapping[str, Any], *names: str) -> int:
-    """The first of `names` that the file has; sizes have no default, a file without one is not a model."""
-    for name in names:
-        if config.get(name) is not None:
-            return _check_size(name, config[name])
-    raise ValueError(f"config: {names[0]} is missing")
-
-
-def _from_qwen1(config: Mapping[str, Any]) -> ModelConfig:
-    """Qwen-1's own key names, the earliest 7B-Chat spellings included.
+def _from_qwen1(keys: Mapping[str, Any]) -> ModelConfig:
+    """Qwen-1, the earliest 7B-Chat spellings included.
 
     Its `intermediate_size` counts gate and up together, twice the width of the MLP (modeling_qwen.py of the original).
     """
-    heads = _size(config, "num_attention_heads", "n_head")
-    hidden_size = _size(config, "hidden_size", "n_embd")
-    layers = _size(config, "num_hidden_layers", "n_layer")
-    head_dim = config.get("kv_channels") or hidden_size // heads
-    trained_length = _size(config, "seq_length", "n_positions", "max_position_embeddings")
+    head_dim = keys["kv_channels"]
+    trained_length = keys["seq_length"] or keys["n_positions"] or keys["max_position_embeddings"]
+    if trained_length is None:
+        raise ValueError("config: seq_length is missing")
     # Trained at 8K, the 7B says 32K in max_position_embeddings: NTK stretches it, so the longer number is the context.
-    dynamic = bool(config.get("use_dynamic_ntk", True))
-    context = config.get("max_position_embeddings") or config.get("n_positions") or trained_length
+    context = keys["max_position_embeddings"] or keys["n_positions"] or trained_length
     return ModelConfig(
         model_type="qwen",
-        vocab_size=_size(config, "vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=_size(config, "intermediate_size", "ffn_hidden_size") // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        vocab_size=keys["vocab_size"],
+        hidden_size=keys["hidden_size"],
+        intermediate_size=keys["intermediate_size"] // 2,
+        num_hidden_layers=keys["num_hidden_layers"],
+        num_attention_heads=keys["num_attention_heads"],
+        num_key_value_heads=keys["num_attention_heads"],
         head_dim=head_dim,
         max_position_embeddings=max(context, trained_length),
         rope=RopeConfig(
-            theta=config.get("rotary_emb_base", 10000.0),
-            rotary_dim=int(head_dim * config.get("rotary_pct", 1.0)),
-            dynamic_ntk_length=trained_length if dynamic else None,
+            theta=float(keys["rotary_emb_base"]),
+            rotary_dim=int(head_dim * keys["rotary_pct"]),
+            dynamic_ntk_length=trained_length if keys["use_dynamic_ntk"] else None,
         ),
-        rms_norm_eps=config.get("layer_norm_epsilon", 1e-6),
+        rms_norm_eps=float(keys["layer_norm_epsilon"]),
         qkv_bias=True,
-        o_bias=not config.get("no_bias", True),
-        mlp_bias=not config.get("no_bias", True),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        logn_length=trained_length if config.get("use_logn_attn", True) else None,
-        dtype=config.get("dtype")
-        or config.get("torch_dtype")
-        or next((name for key, name in _QWEN1_DTYPES if config.get(key)), None),
+        o_bias=not keys["no_bias"],
+        mlp_bias=not keys["no_bias"],
+        tie_word_embeddings=keys["tie_word_embeddings"],
+        logn_length=trained_length if keys["use_logn_attn"] else None,
+        dtype=_dtype(keys) or next((name for key, name in _QWEN1_DTYPES if keys[key]), None),
     )
 
 
 _QWEN1_DTYPES = (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"))
 
 
-def _sliding_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Which layers see only a window: `layer_types` where the file lists them, else each family's published rule."""
-    window = config.get("sliding_window")
-    if not config.get("use_sliding_window", False) or not window:
+def _dtype(keys: Mapping[str, Any]) -> str | None:
+    name = keys["dtype"] or keys["torch_dtype"]
+    return None if name in (None, "auto") else str(name).removeprefix("torch.")
+
+
+def _sliding_windows(keys: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
+    """Which layers see only a window, as each family's own code decides: Qwen3-MoE all or none, Llama none, the others those of
+    `layer_types` where the file lists them, else by a rule.
+    """
+    window, types = keys["sliding_window"], keys["layer_types"]
+    if types is not None and len(types) != layers:
+        raise FieldError(
+            "layer_types", types, f"a list of {layers} items, one for each of num_hidden_layers", source=SOURCE
+        )
+    if model_type == "llama":
         return (None,) * layers
-    types = config.get("layer_types")
-    if types is not None:
-        if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
-            raise ValueError(
-                f"config: layer_types must list {layers} times sliding_attention or full_attention, found {types!r}"
+    if not keys["use_sliding_window"]:
+        if types is not None and model_type != "qwen3_moe" and "sliding_attention" in types:
+            raise FieldError(
+                "layer_types", types, "only 'full_attention' where use_sliding_window is false", source=SOURCE
             )
+        return (None,) * layers
+    if window is None:
+        return (None,) * layers
+    if window < 1:
+        allowed = f"a whole number from 1 to {LARGEST_SIZE} where use_sliding_window is true"
+        raise FieldError("sliding_window", window, allowed, source=SOURCE)
+    if model_type == "qwen3_moe":
+        return (window,) * layers
+    if types is not None:
         return tuple(window if kind == "sliding_attention" else None for kind in types)
-    max_window_layers = config.get("max_window_layers", 28)
-    rule = {
-        "qwen2_moe": lambda i: i % 2 == 0 and i < max_window_layers,
-        "qwen3_moe": lambda i: True,
-    }.get(config["model_type"], lambda i: i >= max_window_layers)
-    return tuple(window if rule(i) else None for i in range(layers))
+    first, alternate = keys["max_window_layers"], model_type == "qwen2_moe"
+    return tuple(window if (i % 2 == 0 and i < first if alternate else i >= first) else None for i in range(layers))
 
 
-def _moe(config: Mapping[str, Any], layers: int) -> MoeConfig:
-    num_experts = _size(config, "num_experts", "num_local_experts")
-    per_token = _size(config, "num_experts_per_tok")
+def _moe(keys: Mapping[str, Any], model_type: str, layers: int) -> MoeConfig:
+    num_experts, per_token = keys["num_experts"], keys["num_experts_per_tok"]
     if per_token > num_experts:
         raise ValueError(f"config: num_experts_per_tok ({per_token}) is larger than num_experts ({num_experts})")
-    dense = set(config.get("mlp_only_layers") or ())
-    step = config.get("decoder_sparse_step", 1)
-    shared = config.get("shared_expert_intermediate_size", 5632) if config["model_type"] == "qwen2_moe" else None
+    dense, step = set(keys["mlp_only_layers"]), keys["decoder_sparse_step"]
     return MoeConfig(
         num_experts=num_experts,
         num_experts_per_tok=per_token,
-        intermediate_size=_size(config, "moe_intermediate_size"),
-        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
-        shared_expert_intermediate_size=shared,
+        intermediate_size=keys["moe_intermediate_size"],
+        norm_topk_prob=keys["norm_topk_prob"],
+        shared_expert_intermediate_size=keys["shared_expert_intermediate_size"] if model_type == "qwen2_moe" else None,
         sparse_layers=frozenset(i for i in range(layers) if i not in dense and (i + 1) % step == 0),
     )

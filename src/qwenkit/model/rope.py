@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-ROPE_TYPES = ("default", "linear", "yarn")
+from qwenkit.errors import FieldError, shorten
+from qwenkit.model.config_schema import ROPE, SOURCE, read_keys
 
 
 @dataclass(frozen=True)
@@ -37,46 +38,110 @@ class RopeConfig:
     dynamic_ntk_length: int | None = None
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any], *, head_dim: int, max_position: int) -> RopeConfig:
-        """Read `rope_parameters` (new files) or `rope_theta` with `rope_scaling` (older ones) of a config.json."""
-        scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        if kind not in ROPE_TYPES:
-            raise ValueError(f"config: rope type {kind!r} is not supported; known types are {', '.join(ROPE_TYPES)}")
-        theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-        partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-        rotary_dim = int(head_dim * partial)
+    def from_keys(cls, keys: Mapping[str, Any], *, head_dim: int) -> RopeConfig:
+        """Rotary settings from the checked keys of a config.json (`config_schema.read_keys`).
+
+        `rope_parameters` (new files) and `rope_scaling` with `rope_theta` (older ones) are read as one object. Raises ValueError,
+        naming the key, where they or the keys beside them contradict one another, and for a setting that the rope type lacks.
+        """
+        given = _merged(keys)
+        kind = given["rope_type"] or "default"
+        theta = float(_one_of(given, keys, "rope_theta") or 10000.0)
+        original = _one_of(given, keys, "original_max_position_embeddings") or keys["max_position_embeddings"]
+        where = "rope_scaling" if keys["rope_scaling"] else "rope_parameters"
+        for name in _ONLY_FOR.get(kind, ()):
+            if given[name] not in (None, *_NEUTRAL.get(name, ())):
+                neutral = " or ".join(map(repr, ("null", *_NEUTRAL.get(name, ()))))
+                raise FieldError(
+                    f"{where}.{name}", given[name], f"{neutral}: rope type {kind!r} has none", source=SOURCE
+                )
         if kind == "default":
-            return cls(theta=theta, rotary_dim=rotary_dim)
-        factor = scaling.get("factor")
-        original = scaling.get("original_max_position_embeddings") or max_position
+            return cls(theta=theta, rotary_dim=head_dim)
+        factor = given["factor"]
         if factor is None and kind == "yarn":
-            factor = max_position / original
-        if not isinstance(factor, int | float) or factor < 1:
-            raise ValueError(f"config: rope factor is {factor!r}, but a number of at least 1 is needed")
+            factor = keys["max_position_embeddings"] / original
+        if factor is None or factor < 1:
+            raise FieldError(f"{where}.factor", factor, "a number of at least 1", source=SOURCE)
         return cls(
             theta=theta,
-            rotary_dim=rotary_dim,
+            rotary_dim=head_dim,
             kind=kind,
             factor=float(factor),
             original_length=original,
-            beta_fast=scaling.get("beta_fast") or 32.0,
-            beta_slow=scaling.get("beta_slow") or 1.0,
-            attention_factor=_attention_factor(scaling, float(factor)) if kind == "yarn" else 1.0,
-            truncate=scaling.get("truncate", True),
+            beta_fast=float(given["beta_fast"] or 32.0),
+            beta_slow=float(given["beta_slow"] or 1.0),
+            attention_factor=_attention_factor(given, float(factor), where) if kind == "yarn" else 1.0,
+            truncate=given["truncate"] is not False,
         )
 
 
-def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
-    """YaRN's temperature on the attention logits, folded into cos and sin (2309.00071, section 3.4)."""
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
+# Settings that other rope types than the named one have, and the values with which they would change nothing.
+_OF_YARN = ("attention_factor", "attn_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_ONLY_FOR = {"default": ("factor", *_OF_YARN), "linear": _OF_YARN}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"factor": (1,), "attention_factor": (1,), "attn_factor": (1,)}
+
+
+def _merged(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_parameters and rope_scaling as one: a model card says to add the latter, and the file may have the former already.
+
+    A rope type other than default counts; everything else that both have must be equal.
+    """
+    merged: dict[str, Any] = dict.fromkeys(ROPE)
+    for where in ("rope_parameters", "rope_scaling"):
+        given = keys[where] or {}
+        for name, value in given.items():
+            if isinstance(value, Mapping):
+                raise FieldError(
+                    _key(where, name), value, "no object: all layers have the same rope settings", source=SOURCE
+                )
+        spellings = {each for name, key in ROPE.items() for each in (name, *key.aliases)}
+        unknown = [name for name, value in given.items() if name not in spellings and value is not None]
+        if unknown:
+            known = f"null: known are {', '.join(sorted(spellings))}"
+            raise FieldError(_key(where, unknown[0]), given[unknown[0]], known, source=SOURCE)
+        for name, value in read_keys(given, ROPE, prefix=f"{where}.").items():
+            before = merged[name]
+            weak = ("default",) if name == "rope_type" else ()
+            if before in (None, *weak):
+                merged[name] = before if value is None else value
+            elif value not in (None, before, *weak):
+                raise FieldError(
+                    f"{where}.{name}", value, f"only {before!r}, which rope_parameters.{name} says", source=SOURCE
+                )
+    return merged
+
+
+def _key(where: str, name: object) -> str:
+    is_word = isinstance(name, str) and name.isidentifier() and len(name) < 80
+    return f"{where}.{name if is_word else shorten(name)}"
+
+
+def _one_of(given: Mapping[str, Any], keys: Mapping[str, Any], name: str) -> Any:
+    """A setting that stands in the rope object, beside it, or in both with one value."""
+    inside, beside = given[name], keys[name]
+    if inside is not None and beside is not None and inside != beside:
+        raise FieldError(name, beside, f"only {inside!r}, which the rope settings say", source=SOURCE)
+    return beside if inside is None else inside
+
+
+def _attention_factor(given: Mapping[str, Any], factor: float, where: str) -> float:
+    """YaRN's temperature on the attention logits, folded into cos and sin (2309.00071, section 3.4).
+
+    `attention_factor` replaces it; `attn_factor` (vLLM's and llama.cpp's) multiplies it.
+    """
+    if given["attention_factor"] is not None:
+        if given["attn_factor"] is not None:
+            raise FieldError(
+                f"{where}.attn_factor", given["attn_factor"], "null beside attention_factor", source=SOURCE
+            )
+        return float(given["attention_factor"])
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    return mscale(above) / mscale(below) if above and below else mscale(1.0)
+    above, below = given["mscale"], given["mscale_all_dim"]
+    temperature = mscale(above) / mscale(below) if above and below else mscale(1.0)
+    return temperature * float(given["attn_factor"] or 1.0)
 
 
 def inverse_frequencies(config: RopeConfig, device: torch.device) -> torch.Tensor:

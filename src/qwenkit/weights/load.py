@@ -19,12 +19,13 @@ from tqdm import tqdm
 from qwenkit.linear.frozen import Place
 from qwenkit.linear.swap import Swap, swap_linears
 from qwenkit.model.config import ModelConfig
+from qwenkit.model.config_schema import DTYPES as CONFIG_DTYPES
 from qwenkit.model.qwen import Qwen
 from qwenkit.weights.checkpoint import Checkpoint, open_checkpoint
 from qwenkit.weights.stored import DTYPES, StoredTensor
 
 _NAMED = 3  # tensors that an error names before it only counts
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {name: getattr(torch, name) for name in CONFIG_DTYPES}
 
 
 class FillsItself(Protocol):
@@ -119,11 +120,7 @@ class _NoInitialisation(TorchFunctionMode):
 
 
 def _own_dtype(config: ModelConfig) -> torch.dtype:
-    if config.dtype is None:
-        return torch.float32
-    if config.dtype not in _DTYPES:
-        raise ValueError(f"config: dtype is {config.dtype!r}; known are {', '.join(_DTYPES)}")
-    return _DTYPES[config.dtype]
+    return torch.float32 if config.dtype is None else _DTYPES[config.dtype]
 
 
 def _by_name(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

@@ -1,9 +1,10 @@
 """Packed weights kept on disk, so that a checkpoint is packed once. In: a checkpoint, a packing and a folder. Out: a `Qwen`.
 
-A file holds one packed model: a JSON header, then every tensor as it lies in memory. The next load reads it into huge pages, from
-which decoding is 6 to 12 % faster than from a mapped file. A model that would take most of the memory is mapped, copy on write:
-its pages are read when they are first used, shared by all processes that run it, and given back by the system when memory is
-short. The file is named by what it was made from (see `_key`); one that is damaged is made again.
+A file holds one packed model: a JSON header with sizes and checksums, then every tensor as it lies in memory. The next load
+reads it into huge pages, from which decoding is 6 to 12 % faster than from a mapped file. A model that would take most of the
+memory is mapped, copy on write: its pages are shared by all processes that run it, and given back by the system when memory is
+short. Either way every tensor's XXH3 is compared first: about 20 ms for 0.4 GB that are in memory. The file is named by what it
+was made from (see `_key`); one that is damaged is made again, and a warning says so.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+import xxhash
 from torch import nn
 from tqdm import tqdm
 
+from qwenkit.files import open_file
 from qwenkit.linear.packed import PackedLinear, packed_matrices
 from qwenkit.linear.swap import swap_linears
 from qwenkit.model.config import ModelConfig
@@ -39,7 +42,7 @@ from qwenkit.weights.stored import DTYPE_NAMES, DTYPES
 logger = logging.getLogger(__name__)
 
 LAYOUT_VERSION = (
-    3  # raise it with every change of the packed layout, of how values are packed, or of this file's format
+    4  # raise it with every change of the packed layout, of how values are packed, or of this file's format
 )
 SMALLEST = 32 << 20  # bytes; packing fewer takes no time worth a file
 LARGEST_FOLDER = 64 << 30  # bytes of all packed models together
@@ -172,8 +175,8 @@ def _map(path: Path, config: ModelConfig, weights: str) -> Qwen:
 
 
 def _read(path: Path) -> Contents:
-    """Read or map a file. The hash of its header and its size tell one that is damaged or was cut."""
-    with path.open("rb") as file:
+    """Read or map a file, and compare all checksums. ValueError for one that is damaged or was cut."""
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(_PREFIX)
         length = int.from_bytes(prefix[len(_MAGIC) : -_DIGEST], "little")
@@ -187,14 +190,16 @@ def _read(path: Path) -> Contents:
         if size != start + header["data_bytes"]:
             raise ValueError(f"it has {size} bytes, but {start + header['data_bytes']} were written")
         data = np.frombuffer(_memory(file, size), dtype=np.uint8)[start:]
-    tensors = {
-        name: torch.from_numpy(data[offset : offset + count]).view(DTYPES[dtype]).view(shape)
-        for name, (dtype, shape, offset, count) in header["tensors"].items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (dtype, shape, offset, count, checksum) in header["tensors"].items():
+        stored = data[offset : offset + count]
+        if xxhash.xxh3_64_hexdigest(stored.data) != checksum:
+            raise ValueError(f"it is damaged: tensor {name} has another checksum than was written")
+        tensors[name] = torch.from_numpy(stored).view(DTYPES[dtype]).view(shape)
     return tensors, header["matrices"]
 
 
-def _memory(file: io.BufferedReader, size: int) -> mmap.mmap:
+def _memory(file: io.FileIO, size: int) -> mmap.mmap:
     """A whole file in memory of our own, or mapped where it would take more than LARGEST_SHARE of what is free."""
     if size > LARGEST_SHARE * psutil.virtual_memory().available or not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -212,10 +217,11 @@ def _memory(file: io.BufferedReader, size: int) -> mmap.mmap:
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], matrices: Mapping[str, list[int]], progress: bool) -> None:
     """Write tensor by tensor, beside, then rename. OSError, saying why, when it cannot be done."""
-    places: dict[str, tuple[str, list[int], int, int]] = {}
+    places: dict[str, tuple[str, list[int], int, int, str]] = {}
     end = 0
     for name, tensor in tensors.items():
-        places[name] = DTYPE_NAMES[tensor.dtype], list(tensor.shape), end, tensor.nbytes
+        checksum = xxhash.xxh3_64_hexdigest(_bytes(tensor))
+        places[name] = DTYPE_NAMES[tensor.dtype], list(tensor.shape), end, tensor.nbytes, checksum
         end = _aligned(end + tensor.nbytes, _ALIGNMENT)
     header = json.dumps({"data_bytes": end, "matrices": matrices, "tensors": places}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,13 +234,17 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], matrices: Mapping[st
             file.write(bytes(-file.tell() % _PAGE))
             silent = None if progress else True
             for tensor in tqdm(tensors.values(), desc="keeping", unit="tensor", disable=silent):
-                file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+                file.write(_bytes(tensor))
                 file.write(bytes(-tensor.nbytes % _ALIGNMENT))
             file.flush()
             os.fsync(file.fileno())  # else a file of the right size without its data may be found after a power failure
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _make_room(folder: Path, needed: int) -> None:
