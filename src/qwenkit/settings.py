@@ -17,10 +17,10 @@ _UNITS = {"B": 1} | {
 _MAX_SIZE = 2**63 - 1
 
 
-def parse_size(field: str, given: object, *, unit: str = "B") -> int:
+def parse_size(field: str, given: object, *, unit: str = "B", example: str = "2GiB") -> int:
     """Bytes of `2GiB` or `2G` (both 2 * 1024**3), `2GB` (2 * 1000**3), `500 MB`, or a plain number of `unit`.
 
-    Raises ValueError naming `field` for anything else, and for less than one byte.
+    Raises ValueError naming `field`, with `example`, for anything else, and for less than one byte.
     """
     match = (
         None
@@ -33,4 +33,4 @@ def parse_size(field: str, given: object, *, unit: str = "B") -> int:
         if 1 <= size <= _MAX_SIZE:
             return size
     plain = "a number of bytes" if unit == "B" else f"a number of {unit}"
-    raise ValueError(f"{field} is {given!r}, allowed is a size such as 500MB or 2GiB (G means GiB), or {plain}")
+    raise ValueError(f"{field} is {given!r}, allowed is a size such as {example} (G means GiB), or {plain}")

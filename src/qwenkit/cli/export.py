@@ -126,7 +126,10 @@ def _export(settings: Mapping[str, Any], *, dequantize: bool, overwrite: bool) -
     from qwenkit.weights.saving import Form, new_folder
     from qwenkit.weights.templated import with_template
 
-    form = Form(parse_size("shard_size", settings.get("shard_size", "5GB"), unit="GB"), bool(settings.get("legacy")))
+    form = Form(
+        parse_size("shard_size", settings.get("shard_size", "5GB"), unit="GB", example="4GB"),
+        bool(settings.get("legacy")),
+    )
     quantization = _quantization(settings)
     output = Path(settings["output"]).expanduser()
     adapters = [Path(name).expanduser() for name in settings.get("adapter", ())]

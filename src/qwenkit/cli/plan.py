@@ -58,7 +58,7 @@ def train(
 
     if gpus < 0 or per_node < 1:
         raise ValueError(f"gpus is {gpus} and per-node {per_node}, allowed are at least 0 and at least 1")
-    memory = None if gpu_memory is None else parse_size("gpu-memory", gpu_memory)
+    memory = None if gpu_memory is None else parse_size("gpu-memory", gpu_memory, example="80GiB")
     path = Path(model_or_config)
     own: dict[str, Any] = {"model": model_or_config}
     folder = Path()

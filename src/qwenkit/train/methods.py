@@ -331,7 +331,11 @@ def _save_model(
     changes = dtype_change(checkpoint, dtype) | (reward_changes(checkpoint) if SCORE in parameters else {})
     with into_folder(folder, replaces=is_weights_file) as beside:
         write_model(
-            beside, tensors, checkpoint, changes, Form(parse_size("export_size", config.export_size, unit="GB"))
+            beside,
+            tensors,
+            checkpoint,
+            changes,
+            Form(parse_size("export_size", config.export_size, unit="GB", example="4GB")),
         )
 
 

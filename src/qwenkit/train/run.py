@@ -181,7 +181,9 @@ def _check_complete(config: TrainConfig) -> None:
         raise ValueError("model is missing: a folder, a .gguf file, a hub id, or smollm2")
     if not config.dataset:
         raise ValueError("dataset is missing: names of dataset_info.json in dataset_dir, or files")
-    parse_size("export_size", config.export_size, unit="GB")  # else refused when the trained model is saved
+    parse_size(
+        "export_size", config.export_size, unit="GB", example="4GB"
+    )  # else refused when the trained model is saved
     if config.early_stopping_patience is not None and not config.has_eval:
         raise ValueError("early_stopping_patience needs evaluation data: val_size or eval_dataset")
     if config.load_best_model_at_end and not config.has_eval:

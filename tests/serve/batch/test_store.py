@@ -105,9 +105,12 @@ class Life(RuleBasedStateMachine):
     def restart(self) -> None:
         orphan = self.store.path("file-" + "0" * 24)
         orphan.write_bytes(b"left behind by a kill")
+        foreign = orphan.with_name("notes.txt")
+        foreign.write_bytes(b"somebody else's")
         self.store.close()
         self.store = self.open()
         assert not orphan.exists()
+        assert foreign.exists()
 
     @invariant()
     def agrees(self) -> None:

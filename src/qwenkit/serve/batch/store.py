@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -47,6 +48,9 @@ CREATE TABLE IF NOT EXISTS lines(
     length INTEGER NOT NULL, ok INTEGER, record BLOB, PRIMARY KEY(batch, line));
 CREATE INDEX IF NOT EXISTS lines_waiting ON lines(batch, line) WHERE ok IS NULL;
 """
+
+
+_OWN_NAME = re.compile(r"file-[0-9A-Za-z]+(\.part)?")
 
 
 class BatchStore:
@@ -100,7 +104,7 @@ class BatchStore:
     def _remove_orphans(self) -> None:
         known = {row["id"] for row in self._rows("SELECT id FROM files")}
         for path in self._contents.iterdir():
-            if path.name not in known:
+            if path.name not in known and _OWN_NAME.fullmatch(path.name):  # other files are somebody else's
                 path.unlink()
 
     # -- files -----------------------------------------------------------------------------------------------------
