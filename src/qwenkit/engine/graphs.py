@@ -22,11 +22,12 @@ from qwenkit.engine.scheduler import Row
 from qwenkit.model.positions import Positions
 from qwenkit.model.qwen import Qwen
 from qwenkit.ops.cache import KVCache
+from qwenkit.ops.cpu.buffers import Buffers
 from qwenkit.ops.cpu.native import NativeOps
 
 # Torch calls that a replay need not repeat: they make memory, or look at the same memory again.
 _MAKES_MEMORY = {"empty", "empty_like"}
-_MAKES_VIEWS = {"to", "view", "unflatten", "flatten", "unsqueeze", "select", "unbind", "as_strided"}
+_MAKES_VIEWS = {"lift_fresh", "to", "view", "unflatten", "flatten", "unsqueeze", "select", "unbind"}
 
 
 Angles: TypeAlias = tuple[np.ndarray, np.ndarray]  # cosines and sines of every position, each (length, rotary_dim / 2)
@@ -66,6 +67,9 @@ class DecodeGraphs:
         self._native = native
         self._max_blocks = max_blocks
         self._steps: dict[int, _Step] = {}
+        # Steps of one model run one after the other, and results of each are used before the next one runs. Another model may
+        # run in another thread at the same time.
+        self._buffers = Buffers(keep=True)
         self._recordable = model.config.moe is None and model.config.logn_length is None
         length = max_blocks * caches[0].block_size
         self._angles: Angles | None = None
@@ -83,7 +87,7 @@ class DecodeGraphs:
         step = self._steps.get(size)
         if step is None:
             try:
-                step = _Step(self._model, self._caches, size, self._max_blocks, self._native)
+                step = _Step(self._model, self._caches, size, self._max_blocks, self._native, self._buffers)
             except _NotRecordableError:
                 self._recordable = False
                 return None
@@ -110,6 +114,7 @@ class _Step:
         size: int,
         max_blocks: int,
         native: NativeOps,
+        buffers: Buffers,
     ) -> None:
         spare, self._block_size = caches[0].blocks - 1, caches[0].block_size
         half = model.config.rope.rotary_dim // 2
@@ -122,7 +127,7 @@ class _Step:
         ctx = Paged(caches, slots, torch.arange(size + 1), lengths, tables, places=places)
         positions = Positions(cos, sin, None)
         self._limits, self._penalties = Limits(size), Penalties(size, max_blocks * self._block_size)
-        with torch.inference_mode(), native.executor.record() as program, _Watch():
+        with torch.inference_mode(), native.executor.record(buffers) as program, _Watch():
             self._logits = model.logits(model.model(ids, positions, ctx))
             self._to_logits = len(program)
             ops.penalize(self._logits, *self._penalties.tensors)

@@ -7,6 +7,7 @@ reference; where gradients are wanted, to its kernels for training, if it has an
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 import torch
 
@@ -39,6 +40,9 @@ class _Table:
     native: NativeOps | None = None
     training: TrainingOps | None = None
     asked: str | None = None
+    opened: ClassVar[
+        dict[str, tuple[NativeOps | None, TrainingOps | None]]
+    ] = {}  # one for each implementation asked for
 
 
 def use(implementation: str | None = None) -> None:
@@ -55,8 +59,9 @@ def use(implementation: str | None = None) -> None:
     library = None
     if implementation != "reference":
         library = open_library(None if implementation == "auto" else implementation)
-    _Table.native = None if library is None else NativeOps(Executor(library))
-    _Table.training = None if library is None else open_training(library)
+    made = (None, None) if library is None else (NativeOps(Executor(library)), open_training(library))
+    # Threads that choose at the same time all get the ops of the first: recordings listen to one executor.
+    _Table.native, _Table.training = _Table.opened.setdefault(implementation, made)
     _Table.asked = implementation
 
 
@@ -77,7 +82,7 @@ def why_no_native() -> str | None:
     if _Table.native is not None:
         return None
     if find_library() is None:
-        return "the native library was not built: install a C++ compiler and install qwenkit again (x86-64 only)"
+        return "the native library was not built: install a C++ compiler and install qwenkit again (x86-64 Linux only)"
     if open_library() is None:
         return "the native library needs AVX2, which this processor does not have"
     return None

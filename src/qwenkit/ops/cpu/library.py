@@ -38,8 +38,14 @@ class Library:
         self.handle.qk_run(ops, len(ops) if count is None else count)
 
     def use_threads(self, threads: int) -> None:
+        """Run programs on at most `threads` threads: on fewer while other processes keep cores busy."""
         failed = self.handle.qk_configure(self.instruction_set.encode(), threads)
         assert not failed
+
+    @property
+    def active_threads(self) -> int:
+        """Threads that the next program runs on, unless it tries more."""
+        return int(self.handle.qk_active_threads())
 
 
 def find_library() -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from typing import TypeAlias
 
 import torch
@@ -25,11 +26,19 @@ CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8, INT4)
 Quantized: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+class _LastQuantized(threading.local):
+    """The activations that this Python thread quantized last: a key, the tensor, and the result."""
+
+    value: tuple[tuple[object, ...], torch.Tensor, Quantized] | None = None
+
+
 class NativeOps:
+    """The ops on an executor. Python threads may call them at the same time."""
+
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
-        self._counters = torch.zeros(8 * (os.cpu_count() or 1), dtype=torch.int32)
-        self._last_quantized: tuple[tuple[object, ...], torch.Tensor, Quantized] | None = None
+        self._counters = torch.zeros(8 * (os.cpu_count() or 1), dtype=torch.int32)  # all 0 between programs
+        self._last = _LastQuantized()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         y = self.executor.empty(*x.shape)
@@ -88,13 +97,14 @@ class NativeOps:
         """int8 activations with a scale and a sum for each group; shared by linears that read the same x one after the other."""
         # Inference tensors do not count their changes; those that the model gives are results of ops, which nothing changes.
         key = (id(self.executor.recording), group, None if x.is_inference() else x._version)
-        if self._last_quantized is not None and self._last_quantized[1] is x and self._last_quantized[0] == key:
-            return self._last_quantized[2]
+        last = self._last.value
+        if last is not None and last[1] is x and last[0] == key:
+            return last[2]
         tokens, dim = x.shape
         q = self.executor.empty(tokens, dim, dtype=torch.int8)
         scale, total = self.executor.empty(tokens, dim // group), self.executor.empty(tokens, dim // group)
         self.executor.submit(Kind.QUANTIZE, (q, scale, total, x), (tokens, dim, group), writes=(q, scale, total))
-        self._last_quantized = key, x, (q, scale, total)
+        self._last.value = key, x, (q, scale, total)
         return q, scale, total
 
     def write_cache(

@@ -2,11 +2,12 @@
 
 In: kernels' arguments as torch tensors and numbers. Out: `Op` structures for the library. What a recorded `Program` names stays
 valid: it holds on to its inputs, and results lie in buffers that are never given back. Whoever replays it writes new inputs into
-the same tensors.
+the same tensors. Any number of Python threads may run and record operations at the same time: see `Executor`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,9 @@ class Program:
     An operation that goes on with what the one before it gave becomes part of it where a kernel does both in one pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: Buffers) -> None:
+        """`buffers`: memory of the results."""
+        self.buffers = buffers
         self._steps: list[_Step] = []
         self._tensors: list[torch.Tensor] = []
         self._unwritten: set[int] = set()  # results that exist no more, since what read them does their work too
@@ -91,7 +94,7 @@ class Program:
             if step.op.wait:
                 read = written = frozenset()
             read, written = read | step.reads, written | step.writes
-        return Replay(library, [step.op for step in self._steps], self._tensors)
+        return Replay(library, [step.op for step in self._steps], (self.buffers, *self._tensors))
 
 
 def join(first: Op, second: Op) -> Op | None:
@@ -130,29 +133,44 @@ class Replay:
     """A finished program: calling it computes everything again from what its input tensors now hold, or what its first `count`
     operations computed."""
 
-    def __init__(self, library: Library, ops: list[Op], tensors: list[torch.Tensor]) -> None:
+    def __init__(self, library: Library, ops: list[Op], memory: tuple[object, ...]) -> None:
         self._library = library
         self._ops = (Op * len(ops))(*ops)
-        self._tensors = tensors
+        self._memory = memory  # keeps alive what the operations point to
 
     def __call__(self, count: int | None = None) -> None:
         self._library.run(self._ops, count)
 
 
+class _ThreadState(threading.local):
+    """What an executor keeps for each Python thread: memory of results, and the recording that listens."""
+
+    def __init__(self) -> None:
+        self.buffers = Buffers(keep=False)
+        self.recording: Program | None = None
+        self.last: deque[object] = deque(maxlen=2)  # touched by the last ops: what joins them may not write there
+
+
 class Executor:
-    """Runs operations, and lets one recording at a time listen."""
+    """Runs operations, and lets one recording in each Python thread listen.
+
+    Threads share nothing but the library, which runs one program after the other: there is no lock that a forked child could
+    find taken.
+    """
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self.recording: Program | None = None
-        # Recorded programs run one after the other and may share their buffers; but a replay writes to its own whenever it likes,
-        # so results of single ops, which somebody may hold, lie elsewhere.
-        self._buffers, self._recorded_buffers = Buffers(keep=False), Buffers(keep=True)
-        self._last: deque[object] = deque(maxlen=2)  # touched by the last ops: what joins them may not write there
+        self._local = _ThreadState()
+
+    @property
+    def recording(self) -> Program | None:
+        """The recording of this thread."""
+        return self._local.recording
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Memory for a result."""
-        buffers = self._buffers if self.recording is None else self._recorded_buffers
+        local = self._local
+        buffers = local.buffers if local.recording is None else local.recording.buffers
         return buffers.empty(*shape, dtype=dtype)
 
     def submit(
@@ -172,20 +190,26 @@ class Executor:
         op.n[: len(numbers)] = list(numbers)
         op.x = x
         self.library.run((Op * 1)(op))
-        if self.recording is not None:
+        local = self._local
+        if local.recording is not None:
             targets = {id(tensor) for tensor in writes}
             reads = [tensor for tensor in (*pointers, *also) if tensor is not None and id(tensor) not in targets]
-            hold = [tensor for tensor in (*reads, *writes) if not self._recorded_buffers.owns(tensor)]
-            self.recording.append(op, reads, writes, hold)
-            self._last.append((pointers, also))
+            hold = [tensor for tensor in (*reads, *writes) if not local.recording.buffers.owns(tensor)]
+            local.recording.append(op, reads, writes, hold)
+            local.last.append((pointers, also))
 
     @contextmanager
-    def record(self) -> Iterator[Program]:
-        """Operations inside the block are run and kept."""
-        assert self.recording is None, "one recording at a time"
-        self.recording = Program()
+    def record(self, buffers: Buffers | None = None) -> Iterator[Program]:
+        """Operations of this thread inside the block are run and kept.
+
+        `buffers` (keep=True) is memory for results. Programs may share it that never run at the same time, and whose results are
+        read before another of them runs. Single operations never do: their results may be held while a program is replayed.
+        """
+        local = self._local
+        assert local.recording is None, "one recording at a time"
+        local.recording = Program(Buffers(keep=True) if buffers is None else buffers)
         try:
-            yield self.recording
+            yield local.recording
         finally:
-            self.recording = None
-            self._last.clear()
+            local.recording = None
+            local.last.clear()

@@ -1,119 +1,43 @@
-// The thread pool that runs programs, and the choice of instruction set. The caller's thread is thread 0; the others sleep
-// between programs and spin for a moment before they do, because the next program usually follows at once.
+// The C interface: choice of the instruction set, the process's thread pool, and what becomes of it in a forked child.
 #include <atomic>
-#include <condition_variable>
 #include <cstring>
 #include <mutex>
-#include <thread>
-#include <vector>
 
-#include <immintrin.h>
+#include <pthread.h>
 
+#include "pool.h"
 #include "program.h"
 
 namespace {
 
-// How long a thread spins before it gives way: programs and barriers follow each other within microseconds, but where other
-// processes want the cores too, a spinning thread keeps away the very one that it waits for.
-constexpr int SPINS_BEFORE_YIELD = 2000;
-constexpr int SPINS_BEFORE_SLEEP = 50000;
-
-template <class Done>
-inline void spin_until(Done done) {
-  for (int spins = 0; !done(); spins++) {
-    if (spins < SPINS_BEFORE_YIELD) _mm_pause();
-    else std::this_thread::yield();
-  }
-}
-
-class Pool {
- public:
-  ~Pool() { resize(1); }
-
-  // Only between programs.
-  void resize(int threads) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      leaving_ = true;
-      generation_.fetch_add(1);
-    }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-    workers_.clear();
-    leaving_ = false;
-    threads_ = threads;
-    const int64_t seen = generation_.load();
-    for (int id = 1; id < threads; id++) workers_.emplace_back([this, id, seen] { work(id, seen); });
-  }
-
-  int threads() const { return threads_; }
-
-  void run(const Kernel* kernels, const Op* ops, int64_t count) {
-    kernels_ = kernels, ops_ = ops, count_ = count;
-    done_.store(0);
-    arrived_.store(0);
-    if (threads_ > 1) {
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        generation_.fetch_add(1);
-      }
-      wake_.notify_all();
-    }
-    execute(0);
-    spin_until([&] { return done_.load(std::memory_order_acquire) == threads_ - 1; });
-  }
-
- private:
-  void execute(int id) {
-    int64_t barriers = 0;
-    for (int64_t i = 0; i < count_; i++) {
-      if (ops_[i].wait) {
-        barriers += threads_;
-        arrived_.fetch_add(1, std::memory_order_acq_rel);
-        spin_until([&] { return arrived_.load(std::memory_order_acquire) >= barriers; });
-      }
-      kernels_[ops_[i].kind](ops_[i], id, threads_);
-    }
-  }
-
-  void work(int id, int64_t seen) {
-    for (;;) {
-      for (int spins = 0; spins < SPINS_BEFORE_SLEEP && generation_.load(std::memory_order_acquire) == seen; spins++) {
-        if (spins < SPINS_BEFORE_YIELD) _mm_pause();
-        else if (spins % 64 == 0) std::this_thread::yield();
-      }
-      if (generation_.load(std::memory_order_acquire) == seen) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_.load() != seen; });
-      }
-      seen = generation_.load(std::memory_order_acquire);
-      if (leaving_) return;
-      execute(id);
-      done_.fetch_add(1, std::memory_order_acq_rel);
-    }
-  }
-
-  std::vector<std::thread> workers_;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::atomic<int64_t> generation_{0}, arrived_{0};
-  std::atomic<int> done_{0};
-  bool leaving_ = false;
-  int threads_ = 1;
-  const Kernel* kernels_ = nullptr;
-  const Op* ops_ = nullptr;
-  int64_t count_ = 0;
-};
-
 struct State {
-  Pool pool;
   std::mutex one_program;  // several Python threads may call; programs run one after the other
+  Pool* pool = nullptr;    // made when it is first used
+  int threads = 1;
   const Kernel* kernels = nullptr;
 };
 
+State& state();
+
+std::atomic<bool> forked{false};
+
+// fork waits for the program that runs, so that a child finds the lock free and all counters at rest. The child has none of the pool's
+// threads: it forgets the pool, whose memory is not freed because its threads cannot be joined, and makes its own when it runs a program.
+void before_fork() { state().one_program.lock(); }
+void after_fork_in_parent() { state().one_program.unlock(); }
+void after_fork_in_child() {
+  forked = true;
+  state().pool = nullptr;
+  state().one_program.unlock();
+}
+
 // Never destroyed: threads that sleep at the end of the process need not be joined.
 State& state() {
-  static State* s = new State;
+  static State* s = [] {
+    State* made = new State;
+    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+    return made;
+  }();
   return *s;
 }
 
@@ -138,15 +62,30 @@ int qk_configure(const char* isa, int threads) {
   State& s = state();
   std::lock_guard<std::mutex> lock(s.one_program);
   s.kernels = std::strcmp(isa, "avx512") ? qk_kernels_avx2() : qk_kernels_avx512();
-  if (s.pool.threads() != threads) s.pool.resize(threads);
+  if (s.threads != threads) {
+    delete s.pool;
+    s.pool = nullptr;
+    s.threads = threads;
+  }
   return 0;
 }
 
 void qk_run(const Op* ops, int64_t count) {
   State& s = state();
   std::lock_guard<std::mutex> lock(s.one_program);
-  s.pool.run(s.kernels, ops, count);
+  if (!s.pool) s.pool = new Pool(s.threads);
+  s.pool->run(s.kernels, ops, count);
 }
+
+// How many threads the last program ran on or, if its end showed that there were too many, the next one will.
+int qk_active_threads() {
+  State& s = state();
+  std::lock_guard<std::mutex> lock(s.one_program);
+  return s.pool ? s.pool->active() : s.threads;
+}
+
+// 1 in a child that was forked after qk_configure, and in its children.
+int qk_forked() { return forked; }
 
 int64_t qk_op_size() { return sizeof(Op); }
 }

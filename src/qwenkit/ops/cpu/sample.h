@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <functional>
+#include <memory>
 #include <vector>
 
 #include "program.h"
@@ -15,6 +15,26 @@ namespace {
 struct Candidate {
   float logit;
   int32_t id;
+};
+
+// Types of this namespace give instances of the standard library's templates internal linkage (see simd.h).
+template <class T>
+struct Allocator {
+  typedef T value_type;
+  Allocator() = default;
+  template <class U>
+  Allocator(const Allocator<U>&) {}
+  T* allocate(size_t count) { return std::allocator<T>().allocate(count); }
+  void deallocate(T* memory, size_t count) { std::allocator<T>().deallocate(memory, count); }
+  template <class U>
+  bool operator==(const Allocator<U>&) const { return true; }
+  template <class U>
+  bool operator!=(const Allocator<U>&) const { return false; }
+};
+typedef std::vector<float, Allocator<float>> Floats;
+
+struct Greater {
+  bool operator()(float a, float b) const { return a > b; }
 };
 
 // Likelier first; of equals the one with the smaller id, so that the order does not depend on how it was found.
@@ -90,7 +110,7 @@ inline void likeliest(const float* row, int64_t size, const float* peaks, int64_
   if (k <= PEAK_PARTS) {
     float sorted[PEAK_PARTS];
     std::copy(peaks, peaks + PEAK_PARTS, sorted);
-    std::nth_element(sorted, sorted + (k - 1), sorted + PEAK_PARTS, std::greater<float>());
+    std::nth_element(sorted, sorted + (k - 1), sorted + PEAK_PARTS, Greater());
     bound = std::nextafter(sorted[k - 1], -INFINITY);
   }
   out.clear();
@@ -176,7 +196,7 @@ inline void thresholds(const Edge& edge, float* depths) {
 // Thresholds close around the edge as one vector in sixteen has it; a wrong guess costs a pass, never a token. False where these
 // vectors are not like the whole, or hold too few tokens that matter.
 inline bool guess(const float* weights, int64_t size, double all, double wanted, float* depths) {
-  static thread_local std::vector<float> some;
+  static thread_local Floats some;
   some.clear();
   F16 sum = f_zero(), squares = f_zero();
   for (int64_t k = 0; k + 16 <= size; k += 256) {
@@ -270,7 +290,7 @@ void peaks(const Op& op, int thread, int threads) {
 inline int64_t draw(const float* row, int64_t size, const float* peaks, float temperature, int64_t top_k, float top_p, float min_p,
                     double uniform) {
   static thread_local std::vector<Candidate> candidates;
-  static thread_local std::vector<float> weights;
+  static thread_local Floats weights;
   const float peak = peak_of(peaks, PEAK_PARTS);
   if (!std::isfinite(peak)) return -1;
   const int64_t start = part_start(size, first_of(peaks, PEAK_PARTS, peak));

@@ -1,5 +1,6 @@
 // Sixteen lanes, whatever the machine: one zmm register where AVX-512 VNNI is there, two ymm registers with AVX2.
-// Every kernel is written once against these few functions and compiled once for each instruction set (see isa.cpp).
+// Every kernel is written once against these few functions and compiled once for each instruction set (kernels_*.cpp). What differs
+// between the two has internal linkage: the linker keeps one of two weak symbols, and that may be the one that this machine cannot run.
 #pragma once
 #include <immintrin.h>
 

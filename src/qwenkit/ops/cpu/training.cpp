@@ -25,9 +25,11 @@ void share(void* data) {
 extern "C" {
 
 // thread and threads: omp_get_thread_num and omp_get_num_threads.
+//
+// A forked child computes on one thread: GCC's OpenMP runtime has none of its threads there, and would wait for them.
 void qk_train(const char* isa, const Op* op, int most, Parallel parallel, Number thread, Number threads) {
   const Kernel kernel = (std::strcmp(isa, "avx512") ? qk_training_avx2() : qk_training_avx512())[op->kind];
-  if (most < 2) {
+  if (most < 2 || qk_forked()) {
     kernel(*op, 0, 1);
     return;
   }

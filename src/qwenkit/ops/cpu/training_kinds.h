@@ -15,4 +15,5 @@ enum TrainingKind : int32_t {
 extern "C" {
 const Kernel* qk_training_avx2();
 const Kernel* qk_training_avx512();
+int qk_forked();
 }
