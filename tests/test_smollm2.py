@@ -7,7 +7,6 @@ import torch
 import transformers
 
 from qwenkit import LLM, SamplingParams
-from qwenkit.hub.find import find_model
 
 PROMPTS = [
     "The capital of France is",
@@ -19,24 +18,16 @@ PROMPTS = [
 NUM_TOKENS = 64
 
 
-@pytest.fixture(scope="module")
-def model_file() -> Path:
-    try:
-        return find_model("smollm2", progress=False)
-    except (FileNotFoundError, ValueError) as error:
-        pytest.skip(f"the default model cannot be fetched here: {error}")
-
-
 @pytest.mark.filterwarnings("ignore")  # transformers' own, while it reads a GGUF
-def test_greedy_continuations_equal_transformers(model_file: Path) -> None:
-    llm = LLM(model_file, dtype="float32", max_model_len=512)
+def test_greedy_continuations_equal_transformers(default_model: Path) -> None:
+    llm = LLM(default_model, dtype="float32", max_model_len=512)
     outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, min_tokens=NUM_TOKENS, max_tokens=NUM_TOKENS))
     ours = [output.completions[0].token_ids for output in outputs]
     prompts = [output.prompt_token_ids for output in outputs]
     ends = sorted(llm.engine.eos_ids)
     del llm
     reference = transformers.AutoModelForCausalLM.from_pretrained(
-        model_file.parent, gguf_file=model_file.name, dtype=torch.float32
+        default_model.parent, gguf_file=default_model.name, dtype=torch.float32
     ).eval()
     for prompt, continuation in zip(prompts, ours, strict=True):
         theirs = reference.generate(
@@ -50,8 +41,8 @@ def test_greedy_continuations_equal_transformers(model_file: Path) -> None:
         assert continuation == theirs[0, len(prompt) :].tolist()
 
 
-def test_a_sensible_answer(model_file: Path) -> None:
-    llm = LLM(model_file, max_model_len=256)
+def test_a_sensible_answer(default_model: Path) -> None:
+    llm = LLM(default_model, max_model_len=256)
     (output,) = llm.chat(
         [{"role": "user", "content": "What is the capital of Germany?"}], SamplingParams(max_tokens=40)
     )

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from qwenkit import LLM, SamplingParams
-from qwenkit.hub.find import find_model
 
 FILLER = [
     "The bus to the harbour leaves at a quarter past every hour.",
@@ -20,15 +19,11 @@ COUNTED = 500
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[str, tuple[list[str], list[int]]]:
+def answers(default_model: Path) -> dict[str, tuple[list[str], list[int]]]:
     """By cache type: answers with the needle early, in the middle and late; and the tokens of a long answer."""
-    try:
-        path: Path = find_model("smollm2", progress=False)
-    except (FileNotFoundError, ValueError) as error:
-        pytest.skip(f"the default model cannot be fetched here: {error}")
     found = {}
     for dtype in ("bfloat16", "int8"):
-        llm = LLM(path, kv_cache_dtype=dtype, max_model_len=2048, max_num_seqs=3)
+        llm = LLM(default_model, kv_cache_dtype=dtype, max_model_len=2048, max_num_seqs=3)
         questions = []
         for place in (10, 30, 50):
             lines = [FILLER[(i * 7 + i // 5) % 5] for i in range(SENTENCES)]

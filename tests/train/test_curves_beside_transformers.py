@@ -162,12 +162,8 @@ def test_a_tiny_model(tmp_path: Path, method: str) -> None:
 
 
 @pytest.fixture
-def alpaca(data_folder: Path, tmp_path: Path) -> TrainConfig:
+def alpaca(data_folder: Path, default_model: Path, tmp_path: Path) -> TrainConfig:
     """The default model on short samples of alpaca_zh."""
-    try:
-        find_model("smollm2", progress=False)
-    except (FileNotFoundError, ValueError) as error:
-        pytest.skip(f"the default model cannot be fetched here: {error}")
     return TrainConfig(
         model="smollm2",
         dataset=("alpaca_zh_demo",),

@@ -12,7 +12,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from qwenkit.hub.find import find_model
 from qwenkit.linear.lora import LowRank, linears
 from qwenkit.model.context import pack
 from qwenkit.model.qwen import Qwen
@@ -296,15 +295,11 @@ def fail(beside: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def smollm2(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The default model as a GGUF and as an exported folder."""
-    try:
-        gguf = find_model("smollm2", progress=False)
-    except (FileNotFoundError, ValueError) as error:
-        pytest.skip(f"the default model cannot be fetched here: {error}")
     folder = tmp_path_factory.mktemp("export") / "smollm2"
-    export_model(open_checkpoint(gguf), folder)
-    return gguf, folder
+    export_model(open_checkpoint(default_model), folder)
+    return default_model, folder
 
 
 TEXTS = (
