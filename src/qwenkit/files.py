@@ -12,6 +12,7 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ LARGEST_JSON = (
 )  # bytes of a configuration; a tokenizer's settings with many added tokens take some hundred thousand
 LARGEST_INDEX = 32 << 20  # bytes of a list of all tensors; a thousand experts of a hundred layers take about half
 LARGEST_TEXT = 4 << 20  # bytes of a template, a list of checksums or other text that is read whole
+LARGEST_TOKENIZER = 64 << 20  # bytes of a vocabulary; that of Qwen2.5 takes 7 million, the largest known 34 million
 MAX_ITEMS = 1 << 20  # commas and brackets in a JSON text: they bound the objects that its parser makes
 MAX_DEPTH = 64  # of objects and lists in one another
 
@@ -46,14 +48,14 @@ def has_file(path: Path) -> bool:
     return True
 
 
-def open_file(path: Path) -> io.FileIO:
-    """Open a regular file for reading, unbuffered. Never blocks.
+def open_file(path: Path) -> io.BufferedReader:
+    """Open a regular file for reading bytes. Never blocks.
 
     Raises FileNotFoundError, PermissionError, and ValueError for a directory, FIFO, socket or device.
     """
     _require_regular(path, path.stat().st_mode)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    file = io.FileIO(os.open(path, flags), "rb")
+    file: io.BufferedReader = io.BufferedReader(io.FileIO(os.open(path, flags), "rb"))
     try:
         _require_regular(path, os.fstat(file.fileno()).st_mode)  # it may have been exchanged since
     except ValueError:
@@ -68,7 +70,7 @@ def read_file(path: Path, largest: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
             raise ValueError(f"{path} has {size:,} bytes, allowed are at most {largest:,}")
-        data = io.BufferedReader(file).read(largest + 1)
+        data = file.read(largest + 1)
         if len(data) > largest:  # it grew, or it is a file whose size is unknown, as in /proc
             raise ValueError(f"{path} has more than {largest:,} bytes, which is all that is allowed")
         return data
@@ -82,13 +84,15 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
         raise ValueError(f"{path} is not valid UTF-8: byte {error.start}") from None
 
 
-def read_json(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
+def read_json(
+    path: Path, largest: int = LARGEST_JSON, max_items: int = MAX_ITEMS, *, allow_nan: bool = False
+) -> dict[str, Any]:
     """The object in a JSON file of a model folder; see `parse_json` for what is refused.
 
     Raises FileNotFoundError, and ValueError, one sentence that names the path, for everything that is wrong with it.
     """
     try:
-        value = parse_json(read_file(path, largest))
+        value = parse_json(read_file(path, largest), max_items, allow_nan=allow_nan)
     except _JsonError as error:
         raise ValueError(f"{path} {error}") from None
     if not isinstance(value, dict):
@@ -100,8 +104,8 @@ class _JsonError(ValueError):
     """What is wrong with a JSON text, without its name: "is not valid JSON: …"."""
 
 
-def parse_json(data: bytes, max_items: int = MAX_ITEMS) -> Any:
-    """Parse JSON that a stranger wrote: UTF-8, every key once, finite numbers, at most MAX_DEPTH deep.
+def parse_json(data: bytes, max_items: int = MAX_ITEMS, *, allow_nan: bool = False) -> Any:
+    """Parse JSON that a stranger wrote: UTF-8, every key once, finite numbers (but for `allow_nan`), at most MAX_DEPTH deep.
 
     Memory is bounded before anything is built: a text with more than `max_items` commas and brackets is refused. Raises
     ValueError whose text goes on after the file's name ("is not valid JSON: …").
@@ -112,7 +116,7 @@ def parse_json(data: bytes, max_items: int = MAX_ITEMS) -> Any:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _JsonError(f"is not valid UTF-8: byte {error.start}") from None
+        raise _JsonError(f"is not valid JSON: byte {error.start} is not UTF-8 text") from None
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except _JsonError:
@@ -123,7 +127,7 @@ def parse_json(data: bytes, max_items: int = MAX_ITEMS) -> Any:
         raise _JsonError(f"is not valid JSON: {error}") from None
     except ValueError:  # Python converts no integers of more than some thousand digits
         raise _JsonError("is not valid JSON: a number has thousands of digits") from None
-    _check_depth(value)
+    _check(value, allow_nan)
     return value
 
 
@@ -131,29 +135,29 @@ _JSON_TYPES: dict[type, str] = {list: "a list", str: "a string", bool: "true or 
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys occur once and whose numbers are finite; the error names the key."""
-    fields: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in fields and fields[key] != value:
-            raise _JsonError(
-                f"is not valid JSON: the key {shorten(key)} occurs twice, as {shorten(fields[key])} and {shorten(value)}"
-            )
-        for number in value if type(value) is list else (value,):
-            if type(number) is float and not math.isfinite(number):
-                raise _JsonError(f"is not valid JSON: {shorten(key)} is {number}, which is no finite number")
-        fields[key] = value
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        first, second, *_ = (shorten(value) for key, value in pairs if key == twice)
+        raise _JsonError(f"is not valid JSON: the key {shorten(twice)} occurs twice, as {first} and {second}")
     return fields
 
 
-def _check_depth(value: Any) -> None:
+def _check(value: Any, allow_nan: bool) -> None:
+    """Raise for nesting deeper than MAX_DEPTH and for a number that is not finite, naming the key where it is."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         if not level:
             return
         inner: list[Any] = []
         for item in level:
-            children = item.values() if isinstance(item, dict) else item
-            inner += [child for child in children if isinstance(child, dict | list)]
+            for child in item.values() if isinstance(item, dict) else item:
+                if isinstance(child, dict | list):
+                    inner.append(child)
+                elif type(child) is float and not (allow_nan or math.isfinite(child)):
+                    keys = [key for key, each in item.items() if each is child] if isinstance(item, dict) else []
+                    where = shorten(keys[0]) if keys else "an item of a list"
+                    raise _JsonError(f"is not valid JSON: {where} is {child}, which is no finite number")
         level = inner
     raise _JsonError(f"is not valid JSON: it is nested more than {MAX_DEPTH} deep")
 

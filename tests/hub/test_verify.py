@@ -122,7 +122,7 @@ def test_an_index_without_a_map_is_named(folder: Path, content: str) -> None:
 def test_a_file_that_is_no_json_is_named(folder: Path, content: bytes) -> None:
     (folder / "tokenizer.json").write_bytes(content)
     (problem,) = problems(folder)
-    assert problem.startswith("tokenizer.json: is not JSON: ")
+    assert problem.startswith("tokenizer.json: is not valid JSON: ")
 
 
 def test_what_a_model_cannot_do_without_is_named(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ SECOND = FIRST.replace("lora_A", "lora_B")
         (changed_config("r", 0), "r is 0, allowed is a whole number above 0"),
         (changed_config("r", 1024), "the rank is 1024, allowed are 1 to 512"),
         (changed_config("lora_alpha", "8"), "lora_alpha is '8', allowed is a number above 0"),
-        (changed_config("lora_alpha", float("nan")), "lora_alpha is nan"),
+        (changed_config("lora_alpha", float("nan")), "'lora_alpha' is nan"),
         (changed_config("target_modules", None), "target_modules is None, allowed is a list of names or a string"),
         (changed_config("target_modules", ["q_proj"]), "mlp.down_proj, which target_modules does not name"),
         (changed_config("alpha_pattern", {"(a+)+": 1}), r"alpha_pattern has the key '\(a\+\)\+', allowed are names"),
@@ -169,7 +169,10 @@ SECOND = FIRST.replace("lora_A", "lora_B")
             r"model\.layers\.7\.self_attn\.q_proj, but the model has no such Linear",
         ),
         (lambda f: (f / "adapter_config.json").write_text("{"), "is not valid JSON"),
-        (lambda f: (f / "adapter_config.json").write_text(" " * (2 << 20)), "has 2097152 bytes, allowed are 1048576"),
+        (
+            lambda f: (f / "adapter_config.json").write_text(" " * (2 << 20)),
+            "has 2,097,152 bytes, allowed are at most 1,048,576",
+        ),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), "no safetensors file"),
         (
             lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),

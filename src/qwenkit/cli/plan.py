@@ -111,12 +111,12 @@ def find_packed(name: str, method: str, folder: Path = Path()) -> dict[str, str]
 
 def _find(name: str, folder: Path) -> dict[str, Any] | Path:
     """A model on this disk, or else what its config.json says."""
+    from qwenkit.files import has_file, read_json
     from qwenkit.hub.find import find_model
     from qwenkit.train.config import read_settings
-    from qwenkit.weights.stored import read_json
 
     path = Path(name).expanduser()
-    if path.suffix == ".json" and path.is_file():
+    if path.suffix == ".json" and has_file(path):
         return read_json(path)  # to YAML 1e-06 is a text
     if path.exists():
         return path

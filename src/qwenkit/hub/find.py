@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from qwenkit.files import has_file
 from qwenkit.hub import smollm2
 from qwenkit.hub.verify import KnownFile, verify_folder
 from qwenkit.storage import new_file
@@ -64,7 +65,7 @@ def find_model(name: str, *, download: bool = True, revision: str | None = None,
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
-    if path.is_file():
+    if name and has_file(path):
         if path.suffix.lower() == ".gguf":
             return path
         raise ValueError(f"{name!r} is a file, but no .gguf file; a model is named by {_FORMS}")

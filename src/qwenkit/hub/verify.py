@@ -9,7 +9,7 @@ its own header says, every JSON file readable.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable
@@ -19,11 +19,27 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qwenkit import files
+
 SUMS = "SHA256SUMS"
 
 _CHUNK = 4 << 20
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_MAX_HEADER = 32 << 20  # bytes of a safetensors header, and the commas and brackets in it
+_MAX_HEADER_ITEMS = 1 << 21
+_MAX_ITEMS = 1 << 22  # commas and brackets in any other JSON file; a tokenizer.json has some hundred thousand
+_LARGEST = {"config.json": files.LARGEST_JSON, "generation_config.json": files.LARGEST_JSON}
+_LARGEST |= {"tokenizer_config.json": files.LARGEST_JSON, "adapter_config.json": files.LARGEST_JSON}
+_LARGEST |= {"tokenizer.json": files.LARGEST_TOKENIZER, "vocab.json": files.LARGEST_TOKENIZER}
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "*.tiktoken")
+_READ = (
+    "*.json",
+    "*.safetensors",
+    "*.bin",
+    "*.gguf",
+    "*.txt",
+    "*.tiktoken",
+    "*.jinja",
+)  # what a folder's files are called
 
 
 @dataclass(frozen=True)
@@ -105,14 +121,15 @@ def check_structure(folder: Path, *, totals: bool = False) -> list[Problem]:
     With `totals` the sum of the shards is compared with the index's `total_size` too; some published indexes are wrong
     there, so that this is evidence only where nothing better is known.
     """
-    problems: list[Problem] = []
+    problems = _irregular(folder)
+    skipped = {problem.file for problem in problems}
     weights = [path for pattern in ("*.safetensors", "*.bin", "*.gguf") for path in folder.glob(pattern)]
     if not weights:
         problems.append(Problem("model.safetensors", "is missing, and there are no other weights"))
-    if not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
+    if not (folder / "config.json").exists() and not any(folder.glob("*.gguf")):
         problems.append(Problem("config.json", "is missing"))
     headers: dict[str, tuple[int, set[str]]] = {}  # of each sound safetensors file: bytes of tensors, their names
-    for path in sorted(weights):
+    for path in sorted(path for path in weights if path.name not in skipped):
         try:
             if path.suffix == ".safetensors":
                 headers[path.name] = read_safetensors_header(path)
@@ -120,17 +137,42 @@ def check_structure(folder: Path, *, totals: bool = False) -> list[Problem]:
                 problems.append(
                     Problem(path.name, f"is truncated: its end is missing, found {path.stat().st_size:,} bytes")
                 )
+        except zipfile.BadZipFile as error:
+            problems.append(Problem(path.name, f"is no archive that can be read: {error}"))
         except ValueError as error:
-            problems.append(Problem(path.name, str(error)))
-    for path in sorted(folder.glob("*.json")):
+            problems.append(Problem(path.name, _without_path(error, path)))
+    for path in sorted(path for path in folder.glob("*.json") if path.name not in skipped):
+        is_index = path.name.endswith(".index.json")
+        largest = files.LARGEST_INDEX if is_index else _LARGEST.get(path.name)
+        if largest is None and path.stat().st_size > files.LARGEST_TOKENIZER:
+            continue  # none of those that a model is read from
         try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            problems.append(Problem(path.name, f"is not JSON: {error}"))
+            data = files.read_file(path, largest or files.LARGEST_TOKENIZER)
+            content = files.parse_json(data, _MAX_ITEMS, allow_nan=True)
+        except ValueError as error:
+            problems.append(Problem(path.name, _without_path(error, path)))
             continue
-        if path.name.endswith(".index.json"):
+        if is_index:
             problems += _check_index(folder, path.name, content, headers, totals)
     return problems
+
+
+def _irregular(folder: Path) -> list[Problem]:
+    """Everything in a folder that should be a file and is a FIFO, socket, device or directory: reading it might never end."""
+    problems = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not any(path.match(pattern) for pattern in _READ):
+            continue
+        try:
+            files.has_file(path)
+        except ValueError as error:
+            problems.append(Problem(path.name, _without_path(error, path)))
+    return problems
+
+
+def _without_path(error: ValueError, path: Path) -> str:
+    """A sentence that begins with the path, without it: a `Problem` names the file itself."""
+    return str(error).removeprefix(f"{path} ")
 
 
 def read_safetensors_header(path: Path) -> tuple[int, set[str]]:
@@ -138,18 +180,18 @@ def read_safetensors_header(path: Path) -> tuple[int, set[str]]:
 
     Raises ValueError when the file is shorter or longer than its header says, or has no readable header.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with files.open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > _MAX_HEADER:
             raise ValueError(f"is no safetensors file: {size:,} bytes, of which a header of {length:,}")
         if 8 + length > size:
             raise ValueError(f"is truncated: expected more than {8 + length:,} bytes, found {size:,}")
         try:
-            header = json.loads(file.read(length))
+            header = files.parse_json(file.read(length), _MAX_HEADER_ITEMS)
             header.pop("__metadata__", None)
             end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        except (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError):
+        except (ValueError, AttributeError, KeyError, IndexError, TypeError, OverflowError):
             raise ValueError("has a safetensors header that cannot be read") from None
     if 8 + length + end != size:
         what = "is truncated" if size < 8 + length + end else "is too long"
@@ -179,7 +221,7 @@ def compare(path: Path, known: KnownFile, advance: Callable[[int], Any] = lambda
 
 def hash_file(path: Path, digest: Any, advance: Callable[[int], Any] = lambda count: None) -> str:
     """The hexadecimal digest of a file's bytes, read in pieces; `digest` is a hashlib object, perhaps already begun."""
-    with path.open("rb") as file:
+    with files.open_file(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             advance(len(chunk))
@@ -228,7 +270,12 @@ def _sums(folder: Path, problems: list[Problem]) -> list[KnownFile]:
     for path in sorted(folder.iterdir()):
         if not path.is_file() or not re.fullmatch(r"sha256sums?(\.txt)?", path.name, re.IGNORECASE):
             continue
-        for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+        try:
+            text = files.read_file(path, files.LARGEST_TEXT).decode("utf-8", errors="replace")
+        except ValueError as error:
+            problems.append(Problem(path.name, _without_path(error, path)))
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
             match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)", line)
             if match and is_plain_path(match[2]):
                 known.append(KnownFile(match[2], sha256=match[1].lower()))
@@ -243,7 +290,9 @@ def _traces(folder: Path) -> list[KnownFile]:
     etags: dict[str, str] = {}
     metadata = folder / ".cache" / "huggingface" / "download"
     for path in metadata.rglob("*.metadata") if metadata.is_dir() else []:
-        lines = path.read_text("utf-8", errors="replace").splitlines()
+        if not path.is_file() or path.stat().st_size > files.LARGEST_TEXT:
+            continue
+        lines = files.read_file(path, files.LARGEST_TEXT).decode("utf-8", errors="replace").splitlines()
         if len(lines) >= 2:
             etags[path.relative_to(metadata).as_posix().removesuffix(".metadata")] = lines[1].strip()
     for path in folder.iterdir():

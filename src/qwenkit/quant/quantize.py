@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -169,7 +168,7 @@ class _Run:
             done = path.with_suffix(".json").is_file()
             block = None if done and not calibrated else self._load(number)
             if done:
-                errors = [LayerError(**each) for each in json.loads(path.with_suffix(".json").read_text())["layers"]]
+                errors = [LayerError(**each) for each in read_json(path.with_suffix(".json"))["layers"]]
                 if calibrated and block is not None:
                     whole = copy.deepcopy(block) if len(streams) > 1 else None
                     self._put_written(number, block)

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar, cast
 import tiktoken
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from qwenkit.files import LARGEST_TOKENIZER, read_file
 from qwenkit.text.added_tokens import AddedToken
 
 _T = TypeVar("_T")
@@ -241,7 +242,7 @@ def _added_of_config(folder: Path, config: Mapping[str, Any]) -> list[AddedToken
 def _read_tiktoken(path: Path) -> Vocabulary:
     """Qwen-1: lines of "base64 rank"; the specials follow the ranks, and are looked for after normalisation."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_file(path, LARGEST_TOKENIZER).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -368,7 +369,7 @@ def _library(build: Callable[[], _T], source: str) -> _T:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_file(path, LARGEST_TOKENIZER).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 

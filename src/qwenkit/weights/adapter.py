@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from qwenkit.files import has_file, read_json
 from qwenkit.linear.lora import LowRank, lora_scaling
 from qwenkit.weights import names
 from qwenkit.weights.safetensors_files import read_file
-from qwenkit.weights.stored import StoredTensor, read_json
+from qwenkit.weights.stored import StoredTensor
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -141,11 +142,9 @@ def _read(
 
 def _read_config(folder: Path, *, served: bool) -> dict[str, Any]:
     path = folder / CONFIG
-    if not path.is_file():
+    if not has_file(path):
         raise FileNotFoundError(f"{folder} has no {CONFIG}, so it is no adapter")
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, allowed are {_LARGEST_CONFIG}")
-    config = read_json(path)
+    config = read_json(path, _LARGEST_CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, allowed is 'LORA'")
     for key, what in _REFUSED_WHEN_SERVED.items():
@@ -228,8 +227,8 @@ def _read_tensors(
 ) -> tuple[dict[str, dict[str, StoredTensor]], list[StoredTensor]]:
     """lora_A, lora_B and the lengths of every module under the module's own name; and what the adapter replaces whole."""
     path = folder / TENSORS
-    if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
+    if not has_file(path):
+        if has_file(folder / "adapter_model.bin"):
             raise ValueError(
                 f"{folder} has its weights in adapter_model.bin, allowed is only {TENSORS}: convert it with peft"
             )

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from qwenkit.errors import FieldError, shorten
+from qwenkit.files import has_file, read_json, read_text
 from qwenkit.text.chat import ChatFormat, JinjaChat
 from qwenkit.text.chat_qwen1 import Qwen1Chat
 from qwenkit.text.tokenizer import Tokenizer
@@ -19,10 +21,21 @@ from qwenkit.weights import names
 from qwenkit.weights.gguf_model import QWEN1_WINDOW, GgufCheckpoint
 from qwenkit.weights.gptq_awq import Quantization, with_weights
 from qwenkit.weights.safetensors_files import has_safetensors, read_safetensors
-from qwenkit.weights.stored import StoredTensor, read_json
+from qwenkit.weights.stored import StoredTensor
 from qwenkit.weights.torch_files import has_torch_files, read_torch_files
 
 __all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
+
+_READ_LATER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "qwen.tiktoken",
+    "chat_template.jinja",
+)
+_MAX_TOKEN_ID = 2**31 - 1
 
 
 class Checkpoint(Protocol):
@@ -62,7 +75,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if path.is_dir():
         return FolderCheckpoint.open(path)
-    if not path.is_file():
+    if not has_file(path):
         raise FileNotFoundError(f"{path} does not exist")
     if path.suffix.lower() != ".gguf":
         raise ValueError(f"{path} is neither a model folder nor a .gguf file")
@@ -79,13 +92,14 @@ class FolderCheckpoint:
 
     @classmethod
     def open(cls, path: Path) -> FolderCheckpoint:
-        if not (path / "config.json").is_file():
+        if not has_file(path / "config.json"):
             inside = sorted(path.glob("*.gguf"))
             hint = f"; it holds {inside[0].name}, which can be named itself" if inside else ""
             raise FileNotFoundError(f"{path} has no config.json, so it is no model folder{hint}")
-        config = read_json(path / "config.json")
+        for name in _READ_LATER:
+            has_file(path / name)  # refuses what is no regular file now, rather than to pass it over
         generation = path / "generation_config.json"
-        return cls(path, config, read_json(generation) if generation.is_file() else {})
+        return cls(path, read_json(path / "config.json"), read_json(generation) if has_file(generation) else {})
 
     @property
     def _is_qwen1(self) -> bool:
@@ -98,7 +112,7 @@ class FolderCheckpoint:
     @cached_property
     def _tokenizer_config(self) -> dict[str, Any]:
         path = self.path / "tokenizer_config.json"
-        return read_json(path) if path.is_file() else {}
+        return read_json(path) if has_file(path) else {}
 
     def tensors(self) -> Iterator[StoredTensor]:
         """See `Checkpoint.tensors`. safetensors are preferred where a folder has both kinds.
@@ -138,11 +152,9 @@ class FolderCheckpoint:
         if not self._is_qwen1_chat:
             return None
         window = self.generation_config.get("max_window_size", QWEN1_WINDOW)
-        if type(window) is not int or window < 1:
-            raise ValueError(
-                f"{self.path / 'generation_config.json'}: max_window_size is {window!r}, "
-                "but a whole number of at least 1 is needed"
-            )
+        if type(window) is not int or not 1 <= window <= _MAX_TOKEN_ID:
+            where = self.path / "generation_config.json"
+            raise FieldError("max_window_size", window, "a whole number of at least 1", source=where)
         return Qwen1Chat(self.tokenizer(), max_window_size=window)
 
     def named_tokens(self) -> dict[str, str]:
@@ -151,11 +163,8 @@ class FolderCheckpoint:
 
     def _template(self) -> str | None:
         path = self.path / "chat_template.jinja"
-        if path.is_file():
-            try:
-                return path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise ValueError(f"{path} is not valid UTF-8") from None
+        if has_file(path):
+            return read_text(path)
         where = self.path / "tokenizer_config.json"
         template = self._tokenizer_config.get("chat_template")
         if isinstance(template, list):
@@ -192,6 +201,6 @@ def _content(token: Any) -> Any:
 def _token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, found {value!r}")
+    if not all(type(token) is int and 0 <= token <= _MAX_TOKEN_ID for token in ids):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, found {shorten(value)}")
     return tuple(ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from qwenkit.files import open_file
 from qwenkit.weights.stored import DTYPES, Bytes, StoredTensor, plain_tensor, read_bytes
 
 _TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -59,14 +61,15 @@ class GgufFile:
 
 def read_gguf(path: Path) -> GgufFile:
     """Read metadata and tensor table. ValueError, naming the file, for everything that is wrong with it."""
-    size = path.stat().st_size
-    if size < 24:
-        raise ValueError(f"{path} is no GGUF file: it has only {size} bytes")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            return _parse(path, _Cursor(data))
-        except ValueError as error:
-            raise ValueError(f"{path} is no readable GGUF file: {error}") from None
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 24:
+            raise ValueError(f"{path} is no GGUF file: it has only {size} bytes")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _parse(path, _Cursor(data))
+            except ValueError as error:
+                raise ValueError(f"{path} is no readable GGUF file: {error}") from None
 
 
 class _Cursor:

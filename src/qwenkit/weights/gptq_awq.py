@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwenkit.files import has_file, read_json
 from qwenkit.weights.safetensors_files import has_safetensors
-from qwenkit.weights.stored import Bytes, StoredTensor, read_json
+from qwenkit.weights.stored import Bytes, StoredTensor
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Quantization:
         """
         where = "config.json: quantization_config"
         given = config.get("quantization_config")
-        if given is None and (folder / "quantize_config.json").is_file():
+        if given is None and has_file(folder / "quantize_config.json"):
             where, given = (
                 "quantize_config.json:",
                 {"quant_method": "gptq"} | read_json(folder / "quantize_config.json"),

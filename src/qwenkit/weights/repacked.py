@@ -199,7 +199,7 @@ def _read(path: Path) -> Contents:
     return tensors, header["matrices"]
 
 
-def _memory(file: io.FileIO, size: int) -> mmap.mmap:
+def _memory(file: io.BufferedReader, size: int) -> mmap.mmap:
     """A whole file in memory of our own, or mapped where it would take more than LARGEST_SHARE of what is free."""
     if size > LARGEST_SHARE * psutil.virtual_memory().available or not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -6,20 +6,25 @@ the ranges cover the data exactly, without holes or overlaps, as the format dema
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from qwenkit.errors import shorten
+from qwenkit.files import has_file, open_file, parse_json
 from qwenkit.weights.stored import DTYPES, StoredTensor, check_shard, plain_tensor, shards
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MAX_HEADER = 100_000_000  # the limit of the reference implementation
+_MAX_HEADER = 32 << 20  # bytes; two hundred thousand tensors take about as many
+_MAX_ITEMS = 1 << 21  # commas and brackets in a header: some nine for each tensor
+_MAX_DIMENSIONS = 16
+_LARGEST_SIZE = 2**63
 
 
 def has_safetensors(folder: Path, base: str = "model") -> bool:
-    return any((folder / f"{base}{rest}").is_file() for rest in (".safetensors", ".safetensors.index.json"))
+    return any(has_file(folder / f"{base}{rest}") for rest in (".safetensors", ".safetensors.index.json"))
 
 
 def read_safetensors(folder: Path, base: str = "model") -> list[StoredTensor]:
@@ -28,7 +33,7 @@ def read_safetensors(folder: Path, base: str = "model") -> list[StoredTensor]:
     Raises FileNotFoundError for a missing shard, ValueError (naming the file) for one that is truncated or corrupt, or
     that lacks a tensor the index promised.
     """
-    if (folder / f"{base}.safetensors").is_file():
+    if has_file(folder / f"{base}.safetensors"):
         return read_file(folder / f"{base}.safetensors")
     tensors: dict[str, StoredTensor] = {}
     for shard, expected in shards(folder / f"{base}.safetensors.index.json").items():
@@ -70,38 +75,42 @@ def read_file(path: Path) -> list[StoredTensor]:
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The parsed header, where the data starts, and the size of the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
+        if size < 8 or length > size - 8:
             raise ValueError(
                 f"{path} is truncated or no safetensors file: a header of {length} bytes in a file of {size}"
             )
+        if length > _MAX_HEADER:
+            raise ValueError(f"{path}: the safetensors header has {length} bytes, allowed are at most {_MAX_HEADER}")
         try:
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: the safetensors header is corrupt: {error}") from None
+            header = parse_json(file.read(length), _MAX_ITEMS)
+        except ValueError as error:
+            raise ValueError(f"{path}: the safetensors header is corrupt: it {error}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the safetensors header is corrupt: it holds no JSON object")
     return header, 8 + length, size
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return fields
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(span) or len(span) != 2 or span[0] > span[1]:
-        raise ValueError(f"{path}: the header of tensor {name} is corrupt")
+        raise ValueError(f"{path}: the header of tensor {_short(name)} is corrupt")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(
+            f"{path}: tensor {_short(name)} has {len(shape)} dimensions, allowed are at most {_MAX_DIMENSIONS}"
+        )
     if dtype not in DTYPES:
-        raise ValueError(f"{path}: tensor {name} has type {dtype}; known types are {', '.join(DTYPES)}")
+        raise ValueError(f"{path}: tensor {_short(name)} has type {_short(dtype)}; known types are {', '.join(DTYPES)}")
     return dtype, tuple(shape), (span[0], span[1])
 
 
 def _sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < _LARGEST_SIZE for item in value)
+
+
+def _short(name: str) -> str:
+    """A tensor's name as it is, unless it would spoil a sentence."""
+    return name if len(name) <= 200 and name.isprintable() else shorten(name)

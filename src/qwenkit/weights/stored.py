@@ -7,7 +7,6 @@ scratch memory, and a part of a foreign tensor (a third of a fused projection, o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from qwenkit import files
+from qwenkit.errors import shorten
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -37,6 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _CHUNK_ELEMENTS = 1 << 20
+_LARGEST_OWN = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,11 @@ def _read_into(path: Path, file: FileIO, offset: int, into: memoryview) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object, a byte order mark before it or not. FileNotFoundError; ValueError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, found a {type(value).__name__}")
-    return value
+    """A JSON file that this package wrote, such as a training run's state: large, and a loss in it may be NaN.
+
+    Raises FileNotFoundError, and ValueError naming the file.
+    """
+    return files.read_json(path, _LARGEST_OWN, _LARGEST_OWN, allow_nan=True)
 
 
 def shards(index_path: Path) -> dict[str, set[str]]:
@@ -163,15 +163,16 @@ def shards(index_path: Path) -> dict[str, set[str]]:
 
     Raises ValueError for a malformed index or a shard outside the folder, FileNotFoundError for a shard that is not there.
     """
-    weight_map = read_json(index_path).get("weight_map")
+    weight_map = files.read_json(index_path, files.LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_path}: weight_map must be an object of tensor name to file name")
     found: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
-            raise ValueError(f"{index_path}: tensor {tensor} is said to be in {shard!r}, which is no plain file name")
+            where = f"{index_path}: tensor {shorten(tensor)}"
+            raise ValueError(f"{where} is said to be in {shorten(shard)}, which is no plain file name")
         found.setdefault(shard, set()).add(tensor)
-    missing = [shard for shard in sorted(found) if not (index_path.parent / shard).is_file()]
+    missing = [shard for shard in sorted(found) if not files.has_file(index_path.parent / shard)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FileNotFoundError(f"{index_path.parent / missing[0]}{more} is missing, but {index_path.name} lists it")

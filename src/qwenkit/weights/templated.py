@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwenkit.files import has_file, read_text
 from qwenkit.text.chat import ChatFormat, JinjaChat
 from qwenkit.text.chatml import NAMED
 from qwenkit.text.tokenizer import Tokenizer
@@ -71,9 +72,9 @@ def with_template(checkpoint: Checkpoint, name: str) -> Checkpoint:
         return checkpoint
     if name.endswith(".jinja"):
         path = Path(name).expanduser()
-        if not path.is_file():
+        if not has_file(path):
             raise FileNotFoundError(f"template: there is no file {name!r}")
-        return Templated(checkpoint, path.read_text(encoding="utf-8"))
+        return Templated(checkpoint, read_text(path))
     if checkpoint.chat() is not None:
         return checkpoint
     if name not in NAMED:

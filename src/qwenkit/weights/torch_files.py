@@ -6,20 +6,25 @@ plain containers and refuses everything else: no code of a model folder ever run
 
 from __future__ import annotations
 
+import io
+import os
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 
+from qwenkit.files import has_file, open_file
 from qwenkit.weights.stored import DTYPE_NAMES, DTYPES, StoredTensor, check_shard, shards
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
+_LARGEST_DIRECTORY = 8 << 20  # bytes of an archive's list of members, about a hundred for each tensor
+_LARGEST_PICKLE = 64 << 20  # bytes; a tensor takes some hundred of them
 
 
 def has_torch_files(folder: Path) -> bool:
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    return has_file(folder / SINGLE) or has_file(folder / INDEX)
 
 
 def read_torch_files(folder: Path) -> list[StoredTensor]:
@@ -28,7 +33,7 @@ def read_torch_files(folder: Path) -> list[StoredTensor]:
     Raises FileNotFoundError for a missing shard, ValueError (naming the file) for one that is no torch file, holds code,
     holds something other than tensors, or lacks a tensor the index promised.
     """
-    if (folder / SINGLE).is_file():
+    if has_file(folder / SINGLE):
         return _read_file(folder / SINGLE)
     tensors: list[StoredTensor] = []
     for shard, expected in shards(folder / INDEX).items():
@@ -39,8 +44,7 @@ def read_torch_files(folder: Path) -> list[StoredTensor]:
 
 
 def _read_file(path: Path) -> list[StoredTensor]:
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is truncated, or no file that torch.save (1.6 or later) wrote")
+    _check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:
@@ -50,6 +54,38 @@ def _read_file(path: Path) -> list[StoredTensor]:
     if not isinstance(state, dict):
         raise ValueError(f"{path} must hold a dictionary of tensors, found a {type(state).__name__}")
     return [_stored(path, name, value) for name, value in state.items()]
+
+
+def _check_archive(path: Path) -> None:
+    """ValueError for a file that is no zip archive as torch.save writes it: on one disk, its members stored as they are.
+
+    A compressed member could fill the memory, so can an archive whose list of members is said to be huge.
+    """
+    try:
+        with _BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, UnicodeDecodeError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is truncated, or no file that torch.save (1.6 or later) wrote: {error}") from None
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{path} has compressed members, which torch.save does not write")
+        if member.filename.endswith(".pkl") and member.file_size > _LARGEST_PICKLE:
+            raise ValueError(f"{path} has a pickle of {member.file_size} bytes, allowed are {_LARGEST_PICKLE}")
+
+
+class _BoundedFile(io.FileIO):
+    """A regular file of which at most _LARGEST_DIRECTORY bytes are read at once: zipfile believes what the archive says."""
+
+    def __init__(self, path: Path) -> None:
+        with open_file(path) as file:
+            super().__init__(os.dup(file.fileno()), "rb")
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        rest = os.fstat(self.fileno()).st_size - self.tell()
+        count = rest if size is None or size < 0 else min(size, max(rest, 0))
+        if count > _LARGEST_DIRECTORY:
+            raise ValueError(f"its list of members takes {count} bytes, allowed are {_LARGEST_DIRECTORY}")
+        return super().read(count) or b""
 
 
 def _stored(path: Path, name: object, value: object) -> StoredTensor:
