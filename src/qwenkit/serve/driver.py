@@ -242,6 +242,9 @@ class Driver:
         """All Deltas of one step, on the event loop."""
         gaps = self.metrics.inter_token_latency
         for ticket, delta in batch:
+            if delta.error is not None and delta.error_field is not None:
+                self._fail(ticket, ValueError(delta.error))  # its sentence begins with the field
+                continue
             if delta.error is not None:
                 where = f" (request id {ticket.request_id})" if ticket.request_id else ""
                 self._fail(ticket, ApiError(500, delta.error + where, "server_error", code="engine_error"))
@@ -291,7 +294,7 @@ class Driver:
                 self._drop_all()
                 continue
             for delta in deltas:
-                self._failed = 0 if delta.error is None else self._failed + 1
+                self._failed = 0 if delta.error is None or delta.error_field is not None else self._failed + 1
             batch = [
                 (ticket, delta) for delta in deltas if (ticket := self._by_engine_id.get(delta.request_id)) is not None
             ]
