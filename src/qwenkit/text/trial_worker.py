@@ -72,16 +72,22 @@ def difficult_texts(patterns: str) -> Iterator[str]:
 
 
 def _try_template(source: str) -> None:
-    from qwenkit.text.template import LimitError, compile_template, sample_variables
+    """Raise ValueError for a template that takes too much. What else is wrong with it is seen where it is used."""
+    from qwenkit.text.template import TemplateLimitError, compile_template, render_template, sample_variables
 
-    template = compile_template(source)
-    for variables in sample_variables():
-        try:
-            template.render(variables)
-        except LimitError:
-            raise
-        except ValueError:
-            continue  # it has no place for such messages, or wants variables that a model brings
+    try:
+        template = compile_template(source)
+        for variables in sample_variables():
+            try:
+                render_template(template, variables)
+            except TemplateLimitError:
+                raise
+            except ValueError:
+                continue  # it has no place for such messages
+    except TemplateLimitError as error:
+        raise ValueError(str(error).removeprefix("the chat template ")) from None
+    except ValueError:
+        return
 
 
 if __name__ == "__main__":
