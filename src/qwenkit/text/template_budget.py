@@ -160,12 +160,13 @@ class Rendering:
         return self._budget
 
     def __exit__(self, *_: object) -> None:
-        _active.budget = None
+        del _active.budget
 
 
 def budget() -> Budget:
     """The budget of the render in this thread. LimitError without one: jinja2 computes constants when it compiles."""
-    found: Budget | None = getattr(_active, "budget", None)
-    if found is None:
-        raise LimitError("is not being rendered")
+    try:
+        found: Budget = _active.budget
+    except AttributeError:
+        raise LimitError("is not being rendered") from None
     return found

@@ -19,7 +19,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from qwenkit.text import template_filters as limits
+from qwenkit.text import template_filters as filters
+from qwenkit.text import template_operators as limits
 from qwenkit.text.template_budget import SCALARS, Budget, LimitError, Rendering, budget, measure
 
 Test = Callable[..., Any]
@@ -41,12 +42,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             cache_size=0,
         )
         self.generation_marks = marks
-        self.filters = {name: limits.limited_filter(name, function) for name, function in self.filters.items()}
-        self.filters["tojson"] = limits.tojson
-        self.tests = {name: limits.limited_test(name, cast(Test, function)) for name, function in self.tests.items()}
-        self.globals["lipsum"] = limits.lipsum
-        self.globals["raise_exception"] = limits.raise_exception
-        self.globals["strftime_now"] = limits.strftime_now
+        self.filters = {name: filters.limited_filter(name, function) for name, function in self.filters.items()}
+        self.filters["tojson"] = filters.tojson
+        self.tests = {name: filters.limited_test(name, cast(Test, function)) for name, function in self.tests.items()}
+        self.globals["lipsum"] = filters.lipsum
+        self.globals["raise_exception"] = filters.raise_exception
+        self.globals["strftime_now"] = filters.strftime_now
 
     def limited_template(self, source: str) -> Template:
         """Compile a template. Raises what jinja2 raises, LimitError for one that is too long, RecursionError for deep nesting."""
@@ -65,6 +66,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         limits.check_operator(operator, left, right)
         return budget().made(self.binop_table[operator](left, right))
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)  # the two most common ones without the sandbox's general way, which gives the same
+        if kind is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if kind is str and attribute in _STR_METHODS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
     def getitem(self, obj: Any, argument: Any) -> Any:
         if type(argument) not in SCALARS:
             budget().walk(argument)
@@ -76,17 +85,25 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: jinja.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         limit = budget()
-        limit.tick()
-        if type(__obj) in _UNLIMITED or __obj is Namespace:
+        kind = type(__obj)
+        given = {name: value for name, value in kwargs.items() if name not in _SCOPES} if kwargs else kwargs
+        if kind is BuiltinMethodType and not given and limits.is_cheap(__obj.__self__, __obj.__name__, args):
+            limit.tick()
+            return __obj(*args)
+        limit.tick(4)
+        if kind in _UNLIMITED or __obj is Namespace:
             return super().call(__context, __obj, *args, **kwargs)
         owner = getattr(__obj, "__self__", None)
         if isinstance(__obj, BuiltinMethodType | MethodType) and isinstance(owner, limits.BUILTINS):
-            args = limits.check_method(owner, __obj.__name__, args, kwargs)
+            args = limits.check_method(owner, __obj.__name__, args, given)
         else:
-            limits.check_arguments(args, kwargs)
+            limits.check_arguments(args, given)
         return limit.made(super().call(__context, __obj, *args, **kwargs))
 
 
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_STR_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
+_SCOPES = ("_loop_vars", "_block_vars")  # what jinja2 tells functions of the variables around their call
 _UNLIMITED = (jinja.Macro, jinja.BlockReference)  # programs of the template: what they do is counted there
 
 
