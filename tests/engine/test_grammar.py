@@ -229,7 +229,8 @@ def test_a_matcher_that_fails_ends_only_its_own_request(
     assert text_of(deltas[sound, 0]) in CHOICES
     for index in range(2):
         last = deltas[failing, index][-1]
-        assert (last.finish_reason, last.error) == ("error", "grammar is too complex")
+        assert (last.finish_reason, last.error, last.error_field) == ("error", "grammar is too complex", "grammar")
+    assert engine.num_failed == 0, "it is the request's fault"
 
 
 def test_a_bad_grammar_is_refused_by_add(make_engine: MakeEngine, model: Qwen) -> None:

@@ -67,7 +67,10 @@ def test_what_is_over_is_forgotten(tokenizer: Tokenizer) -> None:
         async with driving(Failing(tokenizer)) as driver:
             for _ in range(20):
                 asked = [collect(driver, [1]), collect(driver, [2], SamplingParams(n=3)), outcome(driver, [1, 2, 3])]
-                asked += [outcome(driver, [1, 2, 3], SamplingParams(n=2)), outcome(driver, [4], SamplingParams(max_tokens=1))]
+                asked += [
+                    outcome(driver, [1, 2, 3], SamplingParams(n=2)),
+                    outcome(driver, [4], SamplingParams(max_tokens=1)),
+                ]
                 await asyncio.gather(*asked)
                 with pytest.raises(ValueError, match="has a 9"):
                     await collect(driver, [9])

@@ -178,7 +178,14 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
                 "pre_tokenizer": BYTE_LEVEL,
                 "normalizer": {"type": "None such"},
             },
-            "not a usable tokenizer",
+            "its normalizer is None such, allowed are Sequence",
+        ),
+        (
+            {
+                "model": {"type": "BPE", "vocab": {"a": 1}, "merges": []},
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "None such"}, BYTE_LEVEL]},
+            },
+            "makes its library fail",
         ),
         (
             {

@@ -147,7 +147,9 @@ class Engine:
         for sequence in sequences:
             self.scheduler.remove(sequence)
         return [
-            Delta(one.request_id, one.index, (), one.rest_of_text(), finish_reason="length", admitted_at=one.admitted_at)
+            Delta(
+                one.request_id, one.index, (), one.rest_of_text(), finish_reason="length", admitted_at=one.admitted_at
+            )
             for one in sequences
         ]
 
@@ -168,8 +170,7 @@ class Engine:
                 self.num_failed += 1
                 deltas += self._fail(row.sequence, "the engine could not compute this request")
             elif choice is not None and row.sequence.matcher is not None and row.sequence.matcher.error is not None:
-                self.num_failed += 1
-                deltas += self._fail(row.sequence, row.sequence.matcher.error)
+                deltas += self._fail(row.sequence, row.sequence.matcher.error, field="grammar")
             elif choice is not None and choice.token_id < 0:
                 self.num_corrupted += 1
                 self.pool.forget(row.sequence.block_table)
@@ -215,12 +216,15 @@ class Engine:
             self.num_failed += 1
             return self._fail(sequence, "the engine could not add a token to this answer")
 
-    def _fail(self, sequence: Sequence, error: str) -> list[Delta]:
-        """End an answer, and those of its request that wait for it to begin, with an error."""
+    def _fail(self, sequence: Sequence, error: str, field: str | None = None) -> list[Delta]:
+        """End an answer, and those of its request that wait for it to begin, with an error of the engine or of a `field`."""
         ended = [sequence, *sequence.followers]
         for one in ended:
             self._finish(one)
-        return [Delta(one.request_id, one.index, (), "", finish_reason="error", error=error) for one in ended]
+        return [
+            Delta(one.request_id, one.index, (), "", finish_reason="error", error=error, error_field=field)
+            for one in ended
+        ]
 
     def check(self) -> None:
         """Assert that no block is lost and nothing is remembered that nobody waits for. Looks at every block: for tests."""

@@ -151,10 +151,22 @@ def _as_llguidance(grammar: Grammar) -> str:
         # Digits are 0 to 9, as whoever writes a pattern for a program means them.
         text = matcher.grammar_from_regex(require_llguidance().regex_to_lark(source, "d"))
     elif kind == "choice":
-        text = matcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in _choices(source)))
+        text = matcher.grammar_from_lark("\n".join(choice_rules("start", _choices(source))))
     else:
         text = matcher.grammar_from_lark(source)
     return str(text)
+
+
+def choice_rules(name: str, choices: Sequence[str]) -> list[str]:
+    """Lines of a lark grammar in which the rule `name` is one of the texts `choices`.
+
+    They are one terminal, matched by an automaton: as alternatives of a rule each of them would be an item of the
+    parser's row, and a row may have 2,000.
+    """
+    texts = [json.dumps(choice) for choice in dict.fromkeys(choices) if choice]
+    if not texts:
+        return [f'{name}: ""']
+    return [f"{name}: CHOICE{'?' if '' in choices else ''}", f"CHOICE: {' | '.join(texts)}"]
 
 
 def require_llguidance() -> Any:

@@ -30,7 +30,8 @@ class Delta:
     """What one step added to one answer. `finish_reason` (stop, length or error) is set on the last one.
 
     `stop_reason` is the stop string or the stop token id that ended it; `text` never ends in half a character. `error` says what
-    went wrong where the engine could not compute an answer any further; no token comes with it.
+    went wrong where the engine could not compute an answer any further; no token comes with it. `error_field` names the field of
+    SamplingParams at fault where it is the request's and not the engine's.
     """
 
     request_id: int
@@ -43,6 +44,7 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    error_field: str | None = None
     admitted_at: float = 0.0  # time.monotonic() of the first step with it
 
 

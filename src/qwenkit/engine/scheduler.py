@@ -91,7 +91,10 @@ class Scheduler:
         budget = self.config.max_batch_tokens
         tokens: dict[Sequence, int] = {}  # of this step, by rank; of running sequences the first len(tokens) are in it
         level: int | None = None  # the priority whose turn it is
-        quantum, taken = 0, Counter[str]()  # of `level`: the tokens that each principal gets first, and that it has so far
+        quantum, taken = (
+            0,
+            Counter[str](),
+        )  # of `level`: the tokens that each principal gets first, and that it has so far
         first = self._first_waiting()
         while budget:
             place = len(tokens)

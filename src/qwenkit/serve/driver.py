@@ -244,6 +244,9 @@ class Driver:
                 self._fail(ticket, internal_error(ticket.request_id))
 
     def _take(self, ticket: Ticket, delta: Delta, now: float) -> None:
+        if delta.error is not None and delta.error_field is not None:
+            self._fail(ticket, ValueError(delta.error))  # its sentence begins with the field
+            return
         if delta.error is not None:
             where = f" (request id {ticket.request_id})" if ticket.request_id else ""
             self._fail(ticket, ApiError(500, delta.error + where, "server_error", code="engine_error"))
@@ -344,7 +347,9 @@ class Driver:
             try:
                 self._to(loop, _settle, future, function(self.engine), None)
             except BaseException as error:
-                self._to(loop, _settle, future, None, error if isinstance(error, Exception) else RuntimeError(str(error)))
+                self._to(
+                    loop, _settle, future, None, error if isinstance(error, Exception) else RuntimeError(str(error))
+                )
 
     def _drop_all(self) -> None:
         """The engine cannot go on with what it has: every request in it is answered with an error."""

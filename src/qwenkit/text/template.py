@@ -6,16 +6,17 @@ characters that nothing else contains, and put back after the rendered text has 
 `{% generation %}` blocks leave marks in the text.
 """
 
-import json
+import hashlib
 import re
-from collections.abc import Iterable, Mapping
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template
+
+from qwenkit.text.chatml import NAMED
+from qwenkit.text.template_budget import LimitError
+from qwenkit.text.template_sandbox import LimitedEnvironment, render
+from qwenkit.text.trial import try_template
 
 # A noncharacter, never meant for interchange, then a private-use character saying what stands here. A caller's own
 # U+FDD0 is disguised as well (code 0), so that after rendering each one begins a disguise or a mark.
@@ -25,28 +26,79 @@ GENERATION_START = _ESCAPE + chr(_FIRST_CODE + 1)
 GENERATION_END = _ESCAPE + chr(_FIRST_CODE + 2)
 
 
+# SHA-256 of templates that need no trial: what this package brings, and Qwen's own.
+KNOWN = frozenset(hashlib.sha256(template.encode()).hexdigest() for template in NAMED.values())
+_tried: set[str] = set()  # digests of the templates that passed in this process
+
+
+class TemplateLimitError(ValueError):
+    """A template takes too much time or memory."""
+
+
 class ChatTemplate:
-    """A compiled template. Raises ValueError where the source does not parse."""
+    """A compiled template. Raises ValueError where the source does not parse, or takes too much time or memory on trial."""
 
     def __init__(self, source: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise ValueError(f"the chat template does not parse: {error}") from None
+        digest = hashlib.sha256(source.encode("utf-8", "replace")).hexdigest()
+        if digest not in KNOWN and digest not in _tried:
+            try_template(source)
+            _tried.add(digest)
+        self._template = compile_template(source)
         self.marks_generation = re.search(r"{%-?\s*generation\b", source) is not None
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """The text, with disguises and marks in it. Raises ValueError, with the template's own words, if it refuses."""
-        try:
-            return self._template.render(variables)
-        except Exception as error:  # the template is a foreign program: anything may come out of it
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        """The text, with disguises and marks in it.
+
+        Raises ValueError, with the template's own words, if it refuses, and TemplateLimitError if it takes too much.
+        """
+        return render_template(self._template, variables)
+
+
+def compile_template(source: str) -> Template:
+    """A template without a trial. Raises ValueError."""
+    try:
+        return LimitedEnvironment((GENERATION_START, GENERATION_END)).limited_template(source)
+    except LimitError as error:
+        raise TemplateLimitError(f"the chat template {error}") from None
+    except RecursionError:
+        raise ValueError("the chat template does not parse: it is nested too deeply") from None
+    except Exception as error:  # jinja2's TemplateError, and what Python says of a number with a million digits
+        raise ValueError(f"the chat template does not parse: {str(error)[:1000]}") from None
+
+
+def render_template(template: Template, variables: Mapping[str, Any]) -> str:
+    """See `ChatTemplate.render`."""
+    try:
+        return render(template, variables)
+    except LimitError as error:
+        raise TemplateLimitError(f"the chat template {error}") from None
+    except RecursionError:
+        raise TemplateLimitError("the chat template calls itself too deeply") from None
+    except MemoryError:
+        raise TemplateLimitError("the chat template takes more memory than there is") from None
+    except Exception as error:  # the template is a foreign program: anything may come out of it
+        raise ValueError(f"the chat template refuses these messages: {str(error)[:1000]}") from error
+
+
+def sample_variables() -> Iterator[dict[str, Any]]:
+    """Conversations for a trial: a question, and one with a system message, tools, a call and its result."""
+    question = {"role": "user", "content": "Hello"}
+    tool = {"name": "clock", "description": "The time", "parameters": {"type": "object", "properties": {}}}
+    call = {"type": "function", "id": "1", "function": {"name": "clock", "arguments": {}}}
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "add_generation_prompt": True}
+    yield tokens | {"messages": [question], "tools": None, "documents": None}
+    yield tokens | {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            question,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "noon", "tool_call_id": "1", "name": "clock"},
+            {"role": "assistant", "content": "It is noon."},
+            question,
+        ],
+        "tools": [{"type": "function", "function": tool}],
+        "documents": None,
+    }
 
 
 class Disguise:
@@ -80,36 +132,3 @@ class Disguise:
     def take_off(self, text: str) -> str:
         """What the caller wrote."""
         return self._coded.sub(lambda match: self._texts[match.group()], text)
-
-
-class _GenerationBlock(Extension):
-    """{% generation %} ... {% endgeneration %}: the body as it is, between two marks."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it a plain set
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        start, end = (
-            nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (GENERATION_START, GENERATION_END)
-        )
-        return [start, *body, end]
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON: jinja2's own filter escapes for HTML, which no model was trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)

@@ -8,11 +8,13 @@ message become the ordinary tokens that spell them, never the control token. Onl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from qwenkit.text import vocabulary
 from qwenkit.text.added_tokens import AddedToken, AddedTokenMatcher
+from qwenkit.text.encoder import Encoder
 from qwenkit.text.vocabulary import Vocabulary
 
 
@@ -21,7 +23,7 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         added = self._added = tuple(vocabulary.added)
-        self._engine = vocabulary.engine
+        self._encoder = vocabulary.encoder
         self.added_tokens = {token.content: token.id for token in added}
         """Tokens found in text before any merging, control tokens included, text -> id."""
         self.special_tokens = {token.content: token.id for token in added if token.special}
@@ -40,7 +42,7 @@ class Tokenizer:
         self._plain_passes, self._full_passes = (
             tuple(
                 AddedTokenMatcher(
-                    replace(token, content=self._engine.normalize(token.content)) if normalized else token
+                    replace(token, content=self._encoder.normalize(token.content)) if normalized else token
                     for token in added
                     if token.normalized is normalized and (full or not token.special)
                 )
@@ -74,38 +76,49 @@ class Tokenizer:
         """All that another process needs to tokenize alike, as JSON; see `from_json`."""
         added = {token.id for token in self._added}
         ordinary = [[id, token.hex()] for id, token in enumerate(self._bytes) if token and id not in added]
-        return {"ordinary": ordinary, "added": [asdict(t) for t in self._added], "engine": self._engine.to_json()}
+        return {"ordinary": ordinary, "added": [asdict(t) for t in self._added], "encoder": self._encoder.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Tokenizer":
         """The tokenizer that another process of ours has written with `to_json`; nothing in it is checked again."""
         ordinary = {id: bytes.fromhex(token) for id, token in data["ordinary"]}
         added = [AddedToken(**token) for token in data["added"]]
-        return cls(Vocabulary(ordinary, added, vocabulary.engine_from_json(data["engine"])))
+        return cls(Vocabulary(ordinary, added, Encoder.from_json(data["encoder"])))
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, *, allow_special: bool = False, max_tokens: int | None = None) -> list[int]:
         """Ids of `text`, with nothing added before or after it.
 
         Control tokens written in the text are spelled out as plain text, or, with allow_special, become their ids.
         Added tokens that are not control tokens (<think>, <tool_call>) become their ids either way. Half a surrogate
         pair becomes U+FFFD. Bytes for which a vocabulary has no token (SmolLM2 lacks some) vanish, as they did when
-        the model was trained.
+        the model was trained. Long text is encoded in chunks, between which other threads run.
+        Raises ValueError for more than `max_tokens` ids, as soon as there are more, and for text with half a million
+        characters of one kind in a row.
         """
-        before, after = self._full_passes if allow_special else self._plain_passes
         ids: list[int] = []
-        for piece in before.split(_well_formed(text)):
-            if isinstance(piece, int):
-                ids.append(piece)
-            elif after.empty:
-                ids.extend(self._engine.encode(piece))
-            else:
-                for part in after.split(self._engine.normalize(piece)):
-                    ids.extend([part] if isinstance(part, int) else self._engine.encode(part))
+        for more in self._encode(text, allow_special):
+            ids += more
+            if max_tokens is not None and len(ids) > max_tokens:
+                raise ValueError(f"text is more than {max_tokens} tokens long, allowed are at most {max_tokens}")
         return ids
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text` in which every added token is spelled out, <think> and <tool_call> too."""
-        return self._engine.encode(_well_formed(text))
+        return list(chain.from_iterable(self._encoder.encode(_well_formed(text))))
+
+    def _encode(self, text: str, allow_special: bool) -> Iterator[list[int]]:
+        before, after = self._full_passes if allow_special else self._plain_passes
+        for piece in before.split(_well_formed(text)):
+            if isinstance(piece, int):
+                yield [piece]
+            elif after.empty:
+                yield from self._encoder.encode(piece)
+            else:
+                for part in after.split(self._encoder.normalize(piece)):
+                    if isinstance(part, int):
+                        yield [part]
+                    else:
+                        yield from self._encoder.encode(part)
 
     def split_control(self, text: str) -> Iterator[str | int]:
         """Cut `text` at the control tokens written in it: stretches of plain text, and control ids, in order."""

@@ -1,7 +1,7 @@
 """Reads byte-level BPE vocabularies: tokenizer.json, vocab.json + merges.txt, qwen.tiktoken, a GGUF's embedded lists.
 
 In: files of a model folder, or lists. Out: a `Vocabulary`, the same for all four: the bytes of every ordinary token,
-the added tokens, and an engine that turns plain text into ids. Control tokens are taken out of what the engine knows,
+the added tokens, and an encoder that turns plain text into ids. Control tokens are taken out of what the encoder knows,
 so nothing that goes through it can come out as one. Everything in the files is checked before use; what is wrong ends
 in a ValueError that names the file.
 """
@@ -9,18 +9,18 @@ in a ValueError that names the file.
 import base64
 import binascii
 import json
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-import tiktoken
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from qwenkit.files import LARGEST_TOKENIZER, read_file
 from qwenkit.text.added_tokens import AddedToken
+from qwenkit.text.encoder import MAX_WHOLE, ByteLevelEngine, Cuts, Encoder, TiktokenEngine, guarded
+from qwenkit.text.trial import try_tokenizer
 
 _T = TypeVar("_T")
 
@@ -39,23 +39,13 @@ QWEN1_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}
 _GGUF_UNKNOWN, _GGUF_CONTROL, _GGUF_USER_DEFINED, _GGUF_UNUSED = 2, 3, 4, 5
 
 
-class Engine(Protocol):
-    """Byte-pair encoding of plain text; knows no added tokens."""
-
-    def normalize(self, text: str) -> str: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """What a tokenizer is made of. ordinary: id -> bytes of the tokens that plain text can produce."""
 
     ordinary: Mapping[int, bytes]
     added: Sequence[AddedToken]
-    engine: Engine
+    encoder: Encoder
 
 
 @dataclass(frozen=True)
@@ -65,6 +55,8 @@ class Steps:
     normalizer: normalizers.Normalizer | None
     pre_tokenizer: pre_tokenizers.PreTokenizer
     ignore_merges: bool
+    cuts: Cuts | None
+    max_whole: int = MAX_WHOLE
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,12 @@ class Scheme:
         if self.pattern is not None:
             cuts.append(pre_tokenizers.Split(Regex(self.pattern), behavior="isolated"))
         cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.pattern is None))
-        return Steps(normalizers.NFC() if self.nfc else None, pre_tokenizers.Sequence(cuts), self.ignore_merges)
+        normalizer = normalizers.NFC() if self.nfc else None
+        return Steps(normalizer, pre_tokenizers.Sequence(cuts), self.ignore_merges, self.cuts())
+
+    def cuts(self) -> Cuts:
+        """Where text may be cut before these steps."""
+        return Cuts(digits=self.digits or self.pattern == QWEN_PATTERN, lines=self.pattern is not None)
 
 
 QWEN2_SCHEME = Scheme(QWEN_PATTERN, nfc=True)
@@ -97,57 +94,13 @@ GGUF_SCHEMES = {
 }
 
 
-class ByteLevelEngine:
-    """The `tokenizers` library, with normaliser, pre-tokenizer and merges but without added tokens."""
-
-    def __init__(self, model: models.BPE, steps: Steps) -> None:
-        self._tokenizer = Tokenizer(model)
-        self._normalizer = steps.normalizer
-        if steps.normalizer is not None:
-            self._tokenizer.normalizer = steps.normalizer
-        self._tokenizer.pre_tokenizer = steps.pre_tokenizer
-
-    def normalize(self, text: str) -> str:
-        return text if self._normalizer is None else self._normalizer.normalize_str(text)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def to_json(self) -> dict[str, Any]:
-        return {"tokenizers": self._tokenizer.to_str()}
-
-
-class TiktokenEngine:
-    """The `tiktoken` library over Qwen-1's ranks."""
-
-    def __init__(self, ranks: dict[bytes, int]) -> None:
-        self._ranks = ranks
-        self._encoding = tiktoken.Encoding("qwen", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
-
-    def normalize(self, text: str) -> str:
-        return unicodedata.normalize("NFC", text)
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(self.normalize(text))
-
-    def to_json(self) -> dict[str, Any]:
-        return {"ranks": [[token.hex(), rank] for token, rank in self._ranks.items()]}
-
-
-def engine_from_json(data: Mapping[str, Any]) -> Engine:
-    """The engine that another process of ours has written with `to_json`."""
-    if "ranks" in data:
-        return TiktokenEngine({bytes.fromhex(token): rank for token, rank in data["ranks"]})
-    whole = Tokenizer.from_str(data["tokenizers"])
-    assert isinstance(whole.model, models.BPE)
-    assert whole.pre_tokenizer is not None
-    return ByteLevelEngine(whole.model, Steps(whole.normalizer, whole.pre_tokenizer, whole.model.ignore_merges))
-
-
 def read_folder(folder: Path) -> Vocabulary:
     """The vocabulary of a model folder; see `Tokenizer.from_folder`."""
     if (folder / "tokenizer.json").is_file():
-        return _read_tokenizer_json(folder / "tokenizer.json")
+        try:
+            return _read_tokenizer_json(folder / "tokenizer.json")
+        except RecursionError:
+            raise ValueError(f"{folder / 'tokenizer.json'}: nested too deeply") from None
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _read_vocab_and_merges(folder)
     if (folder / "qwen.tiktoken").is_file():
@@ -194,12 +147,38 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
         raise ValueError(f"{path}: model.vocab must be an object and model.merges a list")
     added = [_added_token(entry, entry.get("id"), path) for entry in _objects(data.get("added_tokens"), path)]
     # The library reads its own description of the steps; the vocabulary is put in apart, without control tokens.
-    frame: dict[str, Any] = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
-    frame |= {step: data.get(step) for step in ("normalizer", "pre_tokenizer")}
+    steps_data = {step: data.get(step) for step in ("normalizer", "pre_tokenizer")}
+    cuts = known_cuts(steps_data["normalizer"], steps_data["pre_tokenizer"])
+    max_whole = MAX_WHOLE if cuts is not None else min(MAX_WHOLE, try_tokenizer(steps_data, str(path)))
+    frame: dict[str, Any] = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}} | steps_data
     shell = _library(lambda: Tokenizer.from_str(json.dumps(frame)), str(path))
     assert shell.pre_tokenizer is not None
-    steps = Steps(shell.normalizer, shell.pre_tokenizer, bool(model.get("ignore_merges")))
+    steps = Steps(shell.normalizer, shell.pre_tokenizer, bool(model.get("ignore_merges")), cuts, max_whole)
     return _byte_level(vocab, _merge_pairs(merges, str(path)), added, steps, str(path))
+
+
+def known_cuts(normalizer: Any, pre_tokenizer: Any) -> Cuts | None:
+    """Where text may be cut before the steps that a tokenizer.json describes; None for steps other than a `Scheme`'s."""
+    nested = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
+    if isinstance(nested, list) and len(nested) == 1:
+        normalizer = nested[0]
+    if normalizer not in (None, {"type": "NFC"}):
+        return None
+    nested = pre_tokenizer.get("pretokenizers") if isinstance(pre_tokenizer, dict) else None
+    steps = list(nested) if isinstance(nested, list) else [pre_tokenizer]
+    digits = steps[:1] == [{"type": "Digits", "individual_digits": True}]
+    if digits:
+        del steps[0]
+    pattern = None
+    for known in (QWEN_PATTERN, LLAMA3_PATTERN):
+        if steps[:1] == [{"type": "Split", "pattern": {"Regex": known}, "behavior": "Isolated", "invert": False}]:
+            pattern = known
+            del steps[0]
+    if len(steps) != 1 or not isinstance(steps[0], dict) or steps[0].get("type") != "ByteLevel":
+        return None
+    if steps[0].get("add_prefix_space") is not False or steps[0].get("use_regex", True) is not (pattern is None):
+        return None
+    return Scheme(pattern, digits=digits).cuts()
 
 
 def _read_vocab_and_merges(folder: Path) -> Vocabulary:
@@ -254,8 +233,9 @@ def _read_tiktoken(path: Path) -> Vocabulary:
         raise ValueError(f"{path}: expected the ranks 0 to {QWEN1_RANKS - 1} once each, found {len(ranks)} tokens")
     if not all(bytes([byte]) in ranks for byte in range(256)):
         raise ValueError(f"{path}: not every single byte is a token")
+    encoder = Encoder(TiktokenEngine(ranks, QWEN_PATTERN), QWEN2_SCHEME.cuts())
     added = [AddedToken(text, QWEN1_RANKS + i, special=True, normalized=True) for i, text in enumerate(QWEN1_SPECIALS)]
-    return Vocabulary({rank: token for token, rank in ranks.items()}, added, TiktokenEngine(ranks))
+    return Vocabulary({rank: token for token, rank in ranks.items()}, added, encoder)
 
 
 def _byte_level(
@@ -277,8 +257,10 @@ def _byte_level(
         if a not in vocab or b not in vocab or a + b not in vocab:
             raise ValueError(f"{source}: the merge of {a!r} and {b!r} is not between tokens of the vocabulary")
     model = _library(lambda: models.BPE(dict(vocab), merges, ignore_merges=steps.ignore_merges), source)
+    engine = ByteLevelEngine(model, steps.normalizer, steps.pre_tokenizer)
+    encoder = Encoder(engine, steps.cuts, max_whole=steps.max_whole)
     ordinary = dict(zip(vocab.values(), _bytes_of_tokens(vocab), strict=True))
-    return Vocabulary(ordinary, added, ByteLevelEngine(model, steps))
+    return Vocabulary(ordinary, added, encoder)
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -360,11 +342,7 @@ def _objects(entries: Any, path: Path) -> list[dict[str, Any]]:
 
 
 def _library(build: Callable[[], _T], source: str) -> _T:
-    """The tokenizers library reports what it cannot build as a bare Exception."""
-    try:
-        return build()
-    except Exception as error:
-        raise ValueError(f"{source}: not a usable tokenizer ({error})") from error
+    return guarded(build, f"{source}: not a usable tokenizer")
 
 
 def _read_text(path: Path) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.llm import LLM
+from qwenkit.engine.matcher import Matcher
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.serve.server import Server
 from qwenkit.text.chat import JinjaChat
@@ -208,3 +209,49 @@ def test_what_is_refused(
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
     assert not live.engine.asked
+
+
+def test_a_grammar_that_fails_in_mid_answer_is_the_requests_error(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends that request alone with 400 and the name of its field, streamed or not; the engine counts no failure."""
+
+    def fail(matcher: Matcher, token: int) -> bool:
+        matcher.error = "grammar cannot be used: too many states"
+        return False
+
+    other = {"messages": HI, "guided_regex": "[ab]{3}"}
+    body = {"messages": HI, "guided_choice": ["red", "green"], "enable_thinking": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(Matcher, "advance", fail)
+        for _ in range(12):  # more than the failures in a row after which an engine counts as broken
+            response = live.post("/v1/chat/completions", body)
+            assert response.status_code == 400, response.text
+        streamed = live.post("/v1/chat/completions", body | {"stream": True})
+        events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    told = {
+        "message": "guided_choice: grammar cannot be used: too many states",
+        "type": "invalid_request_error",
+        "param": "guided_choice",
+        "code": "invalid_grammar",
+    }
+    assert response.json()["error"] == told
+    assert events[-1]["error"] == told
+    assert live.engine.num_failed == 0
+    assert live.server.driver.healthy
+    assert live.post("/v1/chat/completions", other).status_code == 200
+
+
+def test_thousands_of_choices(live: LiveServer) -> None:
+    choices = [str(number) for number in range(10_000, 12_001)]
+    assert answered(live, {"guided_choice": choices})["message"]["content"] in choices
+    del choices[0]
+    body = {"guided_choice": choices, "logit_bias": {THINK: 100, THINK_END: 50}}
+    assert answered(live, body)["message"]["content"] in choices
+
+
+@pytest.mark.parametrize("pattern", ["(a|aa|aaa|aaaa){1000}b", "x{1000000}"])
+def test_grammars_that_fail_at_the_first_token_are_refused(live: LiveServer, pattern: str) -> None:
+    response = live.post("/v1/completions", {"prompt": "x", "max_tokens": 8, "guided_regex": pattern})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == "guided_regex"

@@ -21,7 +21,7 @@ from qwenkit.engine.request import Delta
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.serve.api.conversation import ToolUse, plain_messages, tool_use
 from qwenkit.serve.api.protocol import ChatRequest, GenerationRequest, TemplateArguments
-from qwenkit.serve.api.structured import among, checked, grammar_of
+from qwenkit.serve.api.structured import among, bad_grammar, check_compiles, checked, grammar_of
 from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError, context_too_long
 from qwenkit.serve.server import Server
@@ -71,12 +71,7 @@ async def check_grammar(server: Server, prepared: Prepared) -> None:
         raise ApiError(
             400, f"{prepared.grammar_field}: this server has no structured output", param=prepared.grammar_field
         )
-    try:
-        await asyncio.to_thread(server.compiler.check, grammar)
-    except ValueError as error:
-        raise ApiError(
-            400, f"{prepared.grammar_field}: {error}", param=prepared.grammar_field, code="invalid_grammar"
-        ) from None
+    await check_compiles(server.compiler, grammar, prepared.grammar_field)
 
 
 def prepare_chat(server: Server, request: ChatRequest, *, clip: bool = False) -> Prepared:
@@ -326,6 +321,8 @@ async def events(
                     unfinished.discard(index)
                 yield index, found, delta
     except ValueError as error:
+        if prepared.grammar_field and str(error).startswith("grammar "):
+            raise bad_grammar(prepared.grammar_field, error) from None
         raise bad_value(error) from None
     finally:
         client.close()

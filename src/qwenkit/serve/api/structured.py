@@ -12,11 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 from qwenkit.engine.grammar import _WHITESPACE as WHITESPACE
-from qwenkit.engine.grammar import Grammar
+from qwenkit.engine.grammar import Grammar, choice_rules
+from qwenkit.engine.grammar_compiler import GrammarBusyError, GrammarCompiler
 from qwenkit.serve.api.protocol import GenerationRequest
+from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError
 from qwenkit.text.answer import THINK, THINK_END
 from qwenkit.text.tokenizer import Tokenizer
+
+RETRY_AFTER = "5"  # seconds
 
 
 def grammar_of(request: GenerationRequest) -> tuple[Grammar, str] | None:
@@ -86,7 +90,27 @@ def checked(field: str, make: Callable[..., Grammar], *args: Any) -> Grammar:
     try:
         return make(*args)
     except ValueError as error:
-        raise ApiError(400, f"{field}: {error}", param=field, code="invalid_grammar") from None
+        raise bad_grammar(field, error) from None
+
+
+def bad_grammar(field: str, error: ValueError) -> ApiError:
+    """400 that names the request's field, from a sentence of the engine about a grammar."""
+    return ApiError(400, f"{field}: {error}", param=field, code="invalid_grammar")
+
+
+async def check_compiles(compiler: GrammarCompiler, grammar: Grammar, field: str) -> None:
+    """Compile a grammar on trial, in the turn of the caller of the running task.
+
+    Raises ApiError: 400 for one that cannot be used, 429 where too many grammars of the same caller wait.
+    """
+    try:
+        await compiler.check_async(grammar, caller.get().namespace)
+    except GrammarBusyError as error:
+        raise ApiError(
+            429, f"{field}: {error}", "rate_limit_error", field, "queue_full", {"Retry-After": RETRY_AFTER}
+        ) from None
+    except ValueError as error:
+        raise bad_grammar(field, error) from None
 
 
 def among(grammar: Grammar, tokenizer: Tokenizer, *, may_think: bool, calls: str = "") -> Grammar:
@@ -102,7 +126,10 @@ def among(grammar: Grammar, tokenizer: Tokenizer, *, may_think: bool, calls: str
         ]
     if calls:
         rules.append(re.sub(r"^start:", "calls:", calls.strip(), count=1, flags=re.MULTILINE))
-    rules.append(f"answer: {_inline(grammar)}")
+    if grammar.kind == "choice":
+        rules += choice_rules("answer", json.loads(grammar.source))
+    else:
+        rules.append(f"answer: {_inline(grammar)}")
     return Grammar("lark", "\n".join(rules) + "\n")
 
 
@@ -119,8 +146,6 @@ def _inline(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         pattern = re.sub(r"\\.|/", lambda match: "\\/" if match[0] == "/" else match[0], source, flags=re.DOTALL)
         return "/" + pattern.replace("\n", "\\n") + "/"
-    if grammar.kind == "choice":
-        return "(" + " | ".join(json.dumps(choice) for choice in json.loads(source)) + ")"
     schema = {"type": "object"} if grammar.kind == "json_object" else json.loads(source)
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
