@@ -19,6 +19,8 @@ PACKAGE = ROOT / "src" / "qwenkit"
 FLOORS = {
     "errors": -1,
     "files": 0,
+    "settings": 0,
+    "storage": 0,
     "text": 1,
     "ops": 1,
     "model": 2,
@@ -32,9 +34,6 @@ FLOORS = {
     "eval": 6,
     "cli": 7,
 }
-# Modules at the root of the package are floor 0: every folder may import them, they import nothing of the package.
-MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-FLOORS |= dict.fromkeys(MODULES, 0)
 READMES = ("README.md", "README_zh.md")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -51,15 +50,15 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def folder_of(path: Path) -> str | None:
+    """The folder at the root of the package, or the module there, that a file belongs to; None for the package's own entry."""
     parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else path.stem if path.stem in MODULES else None
+    return parts[0] if len(parts) > 1 else None if path.stem in {"__init__", "__main__"} else path.stem
 
 
 def test_imports_only_go_down() -> None:
     wrong = []
     for path in SOURCES:
         here = folder_of(path)
-        here = here or (path.stem if path.stem in FLOORS else None)
         if here is None:
             continue  # the package's own __init__ and __main__ stand above all floors
         for name in imports(path):

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from qwenkit.text.added_tokens import AddedToken
 from qwenkit.text.chat import JinjaChat, Rendered
 from qwenkit.text.chat_qwen1 import Qwen1Chat
+from qwenkit.text.encoder import Cuts, Encoder, TiktokenEngine
 from qwenkit.text.tokenizer import Tokenizer
-from qwenkit.text.vocabulary import QWEN1_RANKS, QWEN1_SPECIALS, TiktokenEngine, Vocabulary
+from qwenkit.text.vocabulary import QWEN1_RANKS, QWEN1_SPECIALS, QWEN_PATTERN, Vocabulary
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.data import workers
 from qwenkit.train.data.pipeline import Pipeline
@@ -125,7 +126,8 @@ def qwen1_tokenizer() -> Tokenizer:
     ranks = {bytes([byte]): byte for byte in range(256)}
     added = [AddedToken(text, 256 + place, special=True, normalized=True) for place, text in enumerate(QWEN1_SPECIALS)]
     assert len(ranks) < QWEN1_RANKS
-    return Tokenizer(Vocabulary({rank: token for token, rank in ranks.items()}, added, TiktokenEngine(ranks)))
+    encoder = Encoder(TiktokenEngine(ranks, QWEN_PATTERN), Cuts(digits=True, lines=True))
+    return Tokenizer(Vocabulary({rank: token for token, rank in ranks.items()}, added, encoder))
 
 
 def gguf_tokenizer(pre: str) -> Tokenizer:
