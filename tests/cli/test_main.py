@@ -31,6 +31,17 @@ def test_every_verb_exists_and_shows_an_example(runner: CliRunner, verb: str) ->
     assert f"qwenkit {verb}" in result.output.split("Usage:")[1].split("\n", 1)[1]
 
 
+def test_threads_of_openmp_spin_for_a_moment_only() -> None:
+    """Set before torch is loaded, and only where the user has not."""
+    environment = {"PATH": "/bin"}
+    main.limit_openmp_spin(environment)
+    assert environment == {"PATH": "/bin", **main.OPENMP_SPIN}
+    for own in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "0"}):
+        environment = dict(own)
+        main.limit_openmp_spin(environment)
+        assert environment == own
+
+
 def test_version(runner: CliRunner) -> None:
     assert runner.invoke(main.cli, ["--version"]).output.startswith("qwenkit, version 0.")
 

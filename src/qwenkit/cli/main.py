@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
+from collections.abc import MutableMapping
 from typing import Any
 
 import click
@@ -28,6 +30,10 @@ VERBS = {
     "eval": "Measure how good a model is: perplexity, and what quantizing it costs.",
     "serve": "Serve a model to clients of the OpenAI and Anthropic APIs, and as a page to talk in.",
 }
+
+# How long threads of OpenMP, which torch computes with, spin before they sleep: about a millisecond. By default it is many
+# milliseconds, in which they take a core from other processes. Read by GCC's and Intel's runtimes when torch is loaded.
+OPENMP_SPIN = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
 
 
 class Verbs(click.Group):
@@ -77,6 +83,13 @@ def cli(debug: bool) -> None:
     """One package for the whole life of a Qwen model."""
 
 
+def limit_openmp_spin(environment: MutableMapping[str, str]) -> None:
+    """Set OPENMP_SPIN in an environment, unless it says how OpenMP's threads wait."""
+    if not {"OMP_WAIT_POLICY", *OPENMP_SPIN} & set(environment):
+        environment.update(OPENMP_SPIN)
+
+
 def main() -> None:
     """Entry point of the console script and of `python -m qwenkit`."""
+    limit_openmp_spin(os.environ)
     cli(prog_name="qwenkit")

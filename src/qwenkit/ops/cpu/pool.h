@@ -130,7 +130,7 @@ class Pool {
 
  private:
   static constexpr int SPINS_BEFORE_CLOCK = 512;  // 5 to 25 us, in which no clock is read
-  static constexpr int64_t BARRIER_SPIN = 60 * MICROSECOND, PROGRAM_SPIN = 1 * MILLISECOND;
+  static constexpr int64_t BARRIER_SPIN = 100 * MICROSECOND, PROGRAM_SPIN = 1 * MILLISECOND;
   static constexpr int64_t LATE = 50 * MICROSECOND;  // shorter waits without a core are not counted
 
   struct alignas(64) PoolThread {
