@@ -106,7 +106,7 @@ def make_server(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[MakeServer]:
             fields["answer_format"] = answer.AnswerFormat.of(tokenizer, chat_format)
         with contextlib.suppress(ModuleNotFoundError):
             grammar = importlib.import_module("qwenkit.engine.grammar_compiler")
-            fields["compiler"] = grammar.GrammarCompiler(tokenizer)
+            fields["compiler"] = grammar.GrammarCompiler(tokenizer, timeout=PATIENCE)
             compilers.append(fields["compiler"])
         return Server(**(fields | (server_fields or {})))
 
