@@ -32,6 +32,7 @@ from tests.tiny_models import CHAT_TEMPLATE, write_tokenizer
 
 MODEL = "tiny"
 PATIENCE = 60.0  # seconds after which a test gives up; only one that fails takes them
+HTTP: dict[str, Any] = {"timeout": PATIENCE, "verify": False}  # reading certificates takes 40 ms for each client
 
 
 @dataclass
@@ -44,10 +45,10 @@ class LiveServer:
     engine: Any
 
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
-        return httpx.get(self.url + path, **({"timeout": PATIENCE} | kwargs))
+        return httpx.get(self.url + path, **(HTTP | kwargs))
 
     def post(self, path: str, json: Any = None, **kwargs: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=json, **({"timeout": PATIENCE} | kwargs))
+        return httpx.post(self.url + path, json=json, **(HTTP | kwargs))
 
 
 MakeServer = Callable[..., Server]
@@ -105,7 +106,7 @@ def make_server(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[MakeServer]:
             fields["answer_format"] = answer.AnswerFormat.of(tokenizer, chat_format)
         with contextlib.suppress(ModuleNotFoundError):
             grammar = importlib.import_module("qwenkit.engine.grammar_compiler")
-            fields["compiler"] = grammar.GrammarCompiler(tokenizer)
+            fields["compiler"] = grammar.GrammarCompiler(tokenizer, timeout=PATIENCE)
             compilers.append(fields["compiler"])
         return Server(**(fields | (server_fields or {})))
 

@@ -17,7 +17,7 @@ from qwenkit.serve.access import ADMIN_ROUTES, OPEN_ROUTES
 from qwenkit.serve.app import create_app
 from qwenkit.serve.config import ServeConfig
 from qwenkit.serve.keys import Keys
-from tests.serve.conftest import LiveServer, MakeServer, StartServer
+from tests.serve.conftest import HTTP, LiveServer, MakeServer, StartServer
 
 KEY, OTHER, ADMIN = "key-of-alice", "key-of-bob", "key-of-the-admin"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -47,7 +47,7 @@ def test_every_route_needs_a_key_but_the_written_list(live_server: StartServer) 
             {"x-api-key": KEY[:-1]},
             {"x-api-key": b"\xd0\xba\xff"},
         ):
-            status = httpx.request(method, live.url + path, headers=headers, timeout=60).status_code
+            status = httpx.request(method, live.url + path, headers=headers, **HTTP).status_code
             if path in OPEN_ROUTES:
                 assert status == 200, (method, path)
             else:
@@ -129,16 +129,16 @@ def test_cors_is_off_unless_an_origin_is_named(live_server: StartServer) -> None
     off = live_server(api_key=(KEY,))
     answer = off.get("/v1/models", headers=bearer(KEY) | {"Origin": origin})
     assert not [name for name in answer.headers if name.startswith("access-control")]
-    assert httpx.options(off.url + "/v1/chat/completions", headers=ask, timeout=60).status_code == 401
+    assert httpx.options(off.url + "/v1/chat/completions", headers=ask, **HTTP).status_code == 401
     on = live_server(api_key=(KEY,), cors_origin=(origin,))
-    answer = httpx.options(on.url + "/v1/chat/completions", headers=ask, timeout=60)
+    answer = httpx.options(on.url + "/v1/chat/completions", headers=ask, **HTTP)
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == origin
     assert "access-control-allow-credentials" not in answer.headers
     answer = on.get("/v1/models", headers=bearer(KEY) | {"Origin": origin})
     assert answer.headers["access-control-allow-origin"] == origin
     assert on.get("/v1/models", headers={"Origin": origin}).headers["access-control-allow-origin"] == origin
-    stranger = httpx.options(on.url + "/v1/models", headers=ask | {"Origin": "https://evil.example"}, timeout=60)
+    stranger = httpx.options(on.url + "/v1/models", headers=ask | {"Origin": "https://evil.example"}, **HTTP)
     assert "access-control-allow-origin" not in stranger.headers
 
 
@@ -211,7 +211,7 @@ def test_refusals_have_one_shape(
 ) -> None:
     live = live_server(admin_key=ADMIN)
     headers = bearer(ADMIN) | {"content-type": "application/json"}
-    answer = httpx.request(method, live.url + path, content=body, headers=headers, timeout=60)
+    answer = httpx.request(method, live.url + path, content=body, headers=headers, **HTTP)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

@@ -1,7 +1,9 @@
 """Several processes train as one does, under every layout, and read what any other layout has saved."""
 
+import contextlib
 import json
 import multiprocessing
+import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +22,17 @@ from tests.train import ranks
 LAYOUTS = [(size, layout) for size, layouts in ranks.LAYOUTS.items() for layout in layouts]
 
 
+def free_port() -> int:
+    """A port that nobody listens at, below those that the system gives out by itself until the first rank takes it."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run_ranks(size: int, folder: Path, main: Callable[[int, int, int, Path], None] = ranks.main) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"tests.train.{name}_ranks" for name in ("slice", "reference", "uneven")])
     with pytest.MonkeyPatch.context() as patch:
