@@ -125,4 +125,6 @@ def test_short_requests_touch_the_same_few_blocks() -> None:
         touched |= set(table)
         pool.release(table)
     assert len(touched) == 3 + 200 // 20
-    assert all(pool.share([number.to_bytes(2, "big")]) for number in range(0, 200, 20)), "the prefix cache lost something"
+    assert all(pool.share([number.to_bytes(2, "big")]) for number in range(0, 200, 20)), (
+        "the prefix cache lost something"
+    )

@@ -283,7 +283,7 @@ def test_ending_a_request_flushes_its_answers(make_engine: MakeEngine, model: Qw
     engine = make_engine(model, num_blocks=40)
     params = SamplingParams(max_tokens=20, n=3, ignore_eos=True, stop=("never said at all",))
     request_id, other = engine.add([5, 6, 7], params), engine.add([9, 9], PARAMS)
-    texts = {index: "" for index in range(3)}
+    texts = dict.fromkeys(range(3), "")
     tokens: dict[int, list[int]] = {index: [] for index in range(3)}
     for _ in range(4):
         for delta in engine.step():

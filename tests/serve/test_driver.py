@@ -209,7 +209,12 @@ def test_who_asks_decides_priority_and_cache(tokenizer: Tokenizer) -> None:
             caller.reset(token)
             await collect(driver, [2], priority=3, cache_namespace="mine", adapter="poet")
             assert engine.asked[0].settings == {"priority": -5, "principal": "space-a", "cache_namespace": "space-a"}
-            assert engine.asked[1].settings == {"priority": 3, "principal": "", "cache_namespace": "mine", "adapter": "poet"}
+            assert engine.asked[1].settings == {
+                "priority": 3,
+                "principal": "",
+                "cache_namespace": "mine",
+                "adapter": "poet",
+            }
 
     asyncio.run(main())
 

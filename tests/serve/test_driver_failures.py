@@ -1,4 +1,4 @@
-"""What raises in the engine's thread, or on its way to a stream: it costs the requests it concerns, and no stream waits for ever."""
+"""What raises in the engine's thread, or on the way to a stream, costs the requests it concerns; no stream waits for ever."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def test_what_is_over_is_forgotten(tokenizer: Tokenizer) -> None:
         async with driving(Failing(tokenizer)) as driver:
             for _ in range(20):
                 asked = [collect(driver, [1]), collect(driver, [2], SamplingParams(n=3)), outcome(driver, [1, 2, 3])]
-                asked += [outcome(driver, [1, 2, 3], SamplingParams(n=2)), outcome(driver, [4], SamplingParams(max_tokens=1))]
+                asked += [
+                    outcome(driver, [1, 2, 3], SamplingParams(n=2)),
+                    outcome(driver, [4], SamplingParams(max_tokens=1)),
+                ]
                 await asyncio.gather(*asked)
                 with pytest.raises(ValueError, match="has a 9"):
                     await collect(driver, [9])
@@ -226,7 +229,7 @@ def test_a_ticket_of_many_answers_is_kept_until_the_last(tokenizer: Tokenizer) -
     class Uneven(ScriptedEngine):
         def _next(self, answer: Any) -> Delta:
             if answer.num_output == 0:
-                answer.ids = answer.ids[: 1 + answer.index] + [self.eos_id]
+                answer.ids = [*answer.ids[: 1 + answer.index], self.eos_id]
             return super()._next(answer)
 
     async def main() -> None:

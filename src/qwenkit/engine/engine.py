@@ -147,7 +147,9 @@ class Engine:
         for sequence in sequences:
             self.scheduler.remove(sequence)
         return [
-            Delta(one.request_id, one.index, (), one.rest_of_text(), finish_reason="length", admitted_at=one.admitted_at)
+            Delta(
+                one.request_id, one.index, (), one.rest_of_text(), finish_reason="length", admitted_at=one.admitted_at
+            )
             for one in sequences
         ]
 

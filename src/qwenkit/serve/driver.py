@@ -335,7 +335,7 @@ class Driver:
                 log.exception("request %s could not be added", what.request_id)
                 self._to_loop(self._fail, what, internal_error(what.request_id))
         elif kind == "abort":
-            if self._by_engine_id.get(what.engine_id) is what:
+            if what.engine_id in self._by_engine_id:
                 self.engine.abort(what.engine_id)
                 del self._by_engine_id[what.engine_id]
                 self._unchecked = True
@@ -344,13 +344,13 @@ class Driver:
             try:
                 self._to(loop, _settle, future, function(self.engine), None)
             except BaseException as error:
-                self._to(loop, _settle, future, None, error if isinstance(error, Exception) else RuntimeError(str(error)))
+                told = error if isinstance(error, Exception) else RuntimeError(str(error))
+                self._to(loop, _settle, future, None, told)
 
     def _drop_all(self) -> None:
         """The engine cannot go on with what it has: every request in it is answered with an error."""
-        tickets = list(self._by_engine_id.values())
-        self._by_engine_id.clear()
-        for ticket in tickets:
+        while self._by_engine_id:
+            _, ticket = self._by_engine_id.popitem()
             self._to_loop(self._fail, ticket, internal_error(ticket.request_id))
         try:
             self.engine.reset()

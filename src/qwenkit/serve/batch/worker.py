@@ -263,7 +263,12 @@ class BatchWorker:
             return False, answered(line.custom_id, 400, request_id, refused), (0, 0)
         is_admin = not batch.owner and bool(batch.owner_name)
         who = Caller(
-            batch.owner_name, batch.owner, priority=PRIORITY, request_id=request_id, is_limited=not is_admin, may_owe=True
+            batch.owner_name,
+            batch.owner,
+            priority=PRIORITY,
+            request_id=request_id,
+            is_limited=not is_admin,
+            may_owe=True,
         )
         content, wait, crashes = orjson.dumps(body), _WAIT, 0
         while True:
