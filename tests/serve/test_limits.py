@@ -166,13 +166,13 @@ def test_a_heavy_key_cannot_fill_the_queue(tokenizer: Tokenizer) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 200), st.booleans()), max_size=200))
 def test_a_queue_is_shared_and_bounded(steps: list[tuple[str, int, bool]]) -> None:
-    queue = QueueLimits(10, 300)
+    queue = QueueLimits()
     waiting: list[tuple[str, int]] = []
     for principal, length, leaves in steps:
         if leaves and waiting:
             queue.remove(*waiting.pop(0))
             continue
-        excess = queue.excess(principal, length)
+        excess = queue.excess(principal, length, 10, 300)
         own = [tokens for name, tokens in waiting if name == principal]
         if excess is None:
             queue.add(principal, length)

@@ -57,11 +57,11 @@ class Driver:
     ) -> None:
         self.engine = engine
         self.stall_timeout = stall_timeout
-        self.metrics = metrics or Metrics()
-        self.limits = limits or MinuteLimits()
+        self.metrics, self.limits = metrics or Metrics(), limits or MinuteLimits()
         self.log_contents = log_contents
         self.draining = False
-        self._queue = QueueLimits(max_queued, max_queued_tokens)
+        self.max_queued, self.max_queued_tokens = max_queued, max_queued_tokens
+        self._queue = QueueLimits()
         self._inbox: deque[tuple[str, Any]] = deque()
         self._bell = threading.Condition()
         self._stopping = False
@@ -179,7 +179,7 @@ class Driver:
             raise self._refused("unhealthy", 503, "the engine does not respond", "engine_unhealthy")
         self.engine.check_prompt(ticket.prompt)
         principal, length = ticket.caller.principal, len(ticket.prompt)
-        excess = self._queue.excess(principal, length)
+        excess = self._queue.excess(principal, length, self.max_queued, self.max_queued_tokens)
         if excess is not None:
             raise self._refused(excess[0], 429, excess[1], "queue_full")
         try:
