@@ -1,4 +1,4 @@
-"""What raises in the engine's thread, or on its way to a stream: it costs the requests it concerns, and no stream waits for ever."""
+"""What raises in the engine's thread, or on the way to a stream, costs the requests it concerns; no stream waits for ever."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_a_ticket_of_many_answers_is_kept_until_the_last(tokenizer: Tokenizer) -
     class Uneven(ScriptedEngine):
         def _next(self, answer: Any) -> Delta:
             if answer.num_output == 0:
-                answer.ids = answer.ids[: 1 + answer.index] + [self.eos_id]
+                answer.ids = [*answer.ids[: 1 + answer.index], self.eos_id]
             return super()._next(answer)
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""What a thousand requests leave behind: nothing. Finished, refused, failed, left early, aborted, with grammars, adapters, batches.
+"""What a thousand requests leave behind: nothing. Finished, refused, failed, aborted ones, with grammars, adapters, batches.
 
 The real app is called in this process, over ASGI, around a scripted engine and around a real tiny one. After a first round that
 fills what is bounded (compiled grammars, the prefix cache, labels of metrics), a second, longer one must leave as many objects of

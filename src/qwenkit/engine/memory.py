@@ -1,4 +1,8 @@
-"""What a model is run with on this machine: device, dtype, and how much memory its keys and values may take."""
+"""What a model is run with on this machine: device, dtype, and how much memory its keys and values may take.
+
+The shares of free memory are fixed. No step of the largest size is run first to measure what activations need, as vLLM's profile
+run does; on a GPU the rest must hold them, and `kv_memory` is the way to say otherwise.
+"""
 
 from __future__ import annotations
 

@@ -5,16 +5,17 @@ before that); what is left admits waiting ones. A sequence is admitted when bloc
 needs a block and none is free, the last in rank is preempted: it loses its blocks, keeps its tokens, and waits first in line to
 be computed again.
 
-Rank is priority, then turn, then age. The *turn* of a sequence is how many older ones of its principal run at its priority, so
-that principals (API keys) go round robin: the first sequence of each comes before the second of any. A waiting sequence takes the
-seat or the blocks of running ones of lower priority, and of those of a later turn, where it needs them: who comes new gets a seat
-from whoever has most, until all have as many as they can use. Tokens of a step go round in the same way: each principal has an
-equal quantum of them first, and what it leaves is for the others. That is deficit round robin (Shreedhar and Varghese, Efficient
-Fair Queuing Using Deficit Round Robin, 1996) without its deficits: prompts can be cut, so that nothing is too large for a
-quantum. Counting the tokens that each has had (Sheng et al., Fairness in Serving Large Language Models, 2024: VTC) would also be
-fair over time, but only among those who wait; here seats are long lived, hence preemption. And since a step takes as long as all
-its tokens, one that brings a principal's first token serves nobody more than him, at most every other time. One principal alone is
-served by priority and age.
+Rank is priority, then turn, then age. The *turn* of a sequence is how many older ones of its principal (API key) run at its
+priority, so that principals go round robin: the first sequence of each comes before the second of any. A waiting sequence takes
+the seat or the blocks that it needs from running ones of lower priority, and from those of a later turn: newcomers are seated at
+the expense of whoever has most, until all have equal shares or all they can use. One principal alone goes by priority and age.
+
+Tokens of a step go round in the same way: each principal has an equal quantum of them, and what it leaves is for the others. This
+is deficit round robin (Shreedhar and Varghese, Efficient Fair Queuing Using Deficit Round Robin, 1996); no deficit is carried
+over, since a prompt can be cut to its quantum. VTC (Sheng et al., Fairness in Serving Large Language Models, 2024) counts the
+tokens that each has had instead and never preempts; then a newcomer waits for the long answers of others to end. And because a
+step takes as long as all its tokens, one that brings a principal's first token leaves out those who would get more than it, at
+most every second time.
 
 Every sequence finishes. The first in rank of all, the oldest of the highest priority, is not preempted for others and fits alone.
 While it waits its principal has no seat at its priority (of one principal those that run are older than those that wait), so it

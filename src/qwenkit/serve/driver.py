@@ -57,11 +57,11 @@ class Driver:
     ) -> None:
         self.engine = engine
         self.stall_timeout = stall_timeout
-        self.metrics = metrics or Metrics()
-        self.limits = limits or MinuteLimits()
+        self.metrics, self.limits = metrics or Metrics(), limits or MinuteLimits()
         self.log_contents = log_contents
         self.draining = False
-        self._queue = QueueLimits(max_queued, max_queued_tokens)
+        self.max_queued, self.max_queued_tokens = max_queued, max_queued_tokens
+        self._queue = QueueLimits()
         self._inbox: deque[tuple[str, Any]] = deque()
         self._bell = threading.Condition()
         self._stopping = False
@@ -179,7 +179,7 @@ class Driver:
             raise self._refused("unhealthy", 503, "the engine does not respond", "engine_unhealthy")
         self.engine.check_prompt(ticket.prompt)
         principal, length = ticket.caller.principal, len(ticket.prompt)
-        excess = self._queue.excess(principal, length)
+        excess = self._queue.excess(principal, length, self.max_queued, self.max_queued_tokens)
         if excess is not None:
             raise self._refused(excess[0], 429, excess[1], "queue_full")
         try:
@@ -338,7 +338,7 @@ class Driver:
                 log.exception("request %s could not be added", what.request_id)
                 self._to_loop(self._fail, what, internal_error(what.request_id))
         elif kind == "abort":
-            if self._by_engine_id.get(what.engine_id) is what:
+            if what.engine_id in self._by_engine_id:
                 self.engine.abort(what.engine_id)
                 del self._by_engine_id[what.engine_id]
                 self._unchecked = True
@@ -347,15 +347,13 @@ class Driver:
             try:
                 self._to(loop, _settle, future, function(self.engine), None)
             except BaseException as error:
-                self._to(
-                    loop, _settle, future, None, error if isinstance(error, Exception) else RuntimeError(str(error))
-                )
+                told = error if isinstance(error, Exception) else RuntimeError(str(error))
+                self._to(loop, _settle, future, None, told)
 
     def _drop_all(self) -> None:
         """The engine cannot go on with what it has: every request in it is answered with an error."""
-        tickets = list(self._by_engine_id.values())
-        self._by_engine_id.clear()
-        for ticket in tickets:
+        while self._by_engine_id:
+            _, ticket = self._by_engine_id.popitem()
             self._to_loop(self._fail, ticket, internal_error(ticket.request_id))
         try:
             self.engine.reset()

@@ -100,8 +100,7 @@ class QueueLimits:
     takes the others, so that nobody can shut anybody out; with p principals it holds at most 1 + 1/2 + ... + 1/p times its size.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
-        self.max_requests, self.max_tokens = max_requests, max_tokens
+    def __init__(self) -> None:
         self._requests: Counter[str] = Counter()  # of principals of whom something waits
         self._tokens: Counter[str] = Counter()
 
@@ -110,16 +109,16 @@ class QueueLimits:
         """Requests that wait."""
         return self._requests.total()
 
-    def excess(self, principal: str, num_tokens: int) -> tuple[str, str] | None:
+    def excess(self, principal: str, num_tokens: int, max_requests: int, max_tokens: int) -> tuple[str, str] | None:
         """Why a request of so many prompt tokens cannot wait too, as a word and as a sentence; None where it can.
 
         A principal of whom nothing waits may have one longer than the queue, else nothing could ever serve it.
         """
         own, requests, tokens = self._requests[principal], self.num_requests, self._tokens.total()
         principals = len(self._requests) + (not own)
-        if requests >= self.max_requests and own >= self.max_requests / principals:
+        if requests >= max_requests and own >= max_requests / principals:
             return "queue_full", f"{requests} requests are waiting already"
-        longest = max(self.max_tokens - tokens, self.max_tokens / principals - self._tokens[principal])
+        longest = max(max_tokens - tokens, max_tokens / principals - self._tokens[principal])
         if own and num_tokens > longest:
             return "queue_tokens", f"{tokens} prompt tokens are waiting already"
         return None
