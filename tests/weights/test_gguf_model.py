@@ -5,6 +5,7 @@ architecture permuted, experts stacked, vectors in fp32.
 """
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def write(
             writer.add_expert_shared_feed_forward_length(config.moe.shared_expert_intermediate_size)
     for key, value in metadata.items():
         add = {
+            bool: writer.add_bool,
             str: writer.add_string,
             float: writer.add_float32,
             int: writer.add_uint64,
@@ -241,6 +243,7 @@ def test_end_tokens_and_sampling_defaults(tmp_path: Path) -> None:
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e6}
+YARN_METADATA = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
 
 
 @pytest.mark.parametrize(
@@ -259,12 +262,24 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
             },
         ),
         ({"rope_type": "default", "rope_theta": 1e6}, {"type": "none"}),
+        # As in llama.cpp a factor without a type is a linear one.
+        ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}, {"factor": 4.0}),
+        (YARN | {"attention_factor": 0.8}, YARN_METADATA | {"yarn_attn_factor": 0.8}),
+        (YARN | {"attn_factor": 0.8782488562869419}, YARN_METADATA | {"yarn_attn_factor": 0.8782488562869419}),
     ],
 )
 def test_rope_scaling(tmp_path: Path, rope: dict[str, Any], metadata: dict[str, Any]) -> None:
     model = random_model(tiny_config("qwen2", rope_parameters=rope))
     write(tmp_path / "x.gguf", model, **{f"qwen2__rope__scaling__{key}": value for key, value in metadata.items()})
-    assert load_model(tmp_path / "x.gguf").config.rope == model.config.rope
+    read, expected = load_model(tmp_path / "x.gguf").config.rope, model.config.rope
+    assert replace(read, attention_factor=1) == replace(expected, attention_factor=1)
+    assert read.attention_factor == pytest.approx(expected.attention_factor)
+
+
+def test_the_older_name_of_a_linear_factor(tmp_path: Path) -> None:
+    write(tmp_path / "x.gguf", random_model(tiny_config("qwen2")), qwen2__rope__scale_linear=2.0)
+    rope = load_model(tmp_path / "x.gguf").config.rope
+    assert (rope.kind, rope.factor) == ("linear", 2.0)
 
 
 def test_rope_attention_factor(tmp_path: Path) -> None:
@@ -279,10 +294,22 @@ def test_rope_attention_factor(tmp_path: Path) -> None:
     ("metadata", "words"),
     [
         ({"split__count": 3}, "one of 3 parts"),
-        ({"qwen2__rope__scaling__type": "longrope"}, "'longrope'; known are none, linear and yarn"),
+        ({"qwen2__rope__scaling__type": "longrope"}, "'longrope', allowed is none, linear or yarn"),
         ({"qwen2__rope__scaling__type": "linear"}, r"qwen2\.rope\.scaling\.factor is missing"),
-        ({"qwen2__rope__scaling__type": "linear", "qwen2__rope__scaling__factor": float("nan")}, "a positive number"),
+        (
+            {"qwen2__rope__scaling__type": "linear", "qwen2__rope__scaling__factor": float("nan")},
+            "allowed is a number above 0",
+        ),
         ({"qwen2__attention__value_length": 8}, "value_length differs from the key length 16"),
+        ({"qwen2__rope__dimension_count": 8}, r"qwen2\.rope\.dimension_count is 8, allowed is only 16"),
+        ({"qwen2__attention__causal": False}, r"qwen2\.attention\.causal is False, allowed is only True"),
+        ({"qwen2__attn_logit_softcapping": 50.0}, r"qwen2\.attn_logit_softcapping is 50\.0"),
+        ({"qwen2__rope__scaling__yarn_ext_factor": 0.5}, r"yarn_ext_factor is 0\.5"),
+        (
+            {f"qwen2__rope__scaling__{key}": value for key, value in YARN_METADATA.items()}
+            | {"qwen2__rope__scaling__original_context_length": 2**31},
+            r"original_context_length is 2147483648, allowed is a whole number from 1",
+        ),
     ],
 )
 def test_metadata_that_cannot_be_followed(tmp_path: Path, metadata: dict[str, Any], words: str) -> None:

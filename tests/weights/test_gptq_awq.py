@@ -212,6 +212,7 @@ def test_bits_of_a_single_matrix() -> None:
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True, "data_type": "int"}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,13 @@ GPTQ = {"quant_method": "gptq", "bits": 4}
         (GPTQ | {"bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"}, Quantization("gptq", 8, -1, 0)),
         (GPTQ | {"format": "gptq_v2"}, Quantization("gptq", 4, 128, 0)),
         ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"}, Quantization("awq", 4, 64)),
+        (AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"}, Quantization("gptq", 4, 128, 1)),
+        (AUTO_ROUND | {"backend": "auto_round:gptq"}, Quantization("gptq", 4, 128, 1)),
+        (AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}, Quantization("awq", 4, 128)),
+        (
+            AUTO_ROUND | {"packing_format": "auto_round:auto_gptq", "extra_config": {"m": {"bits": 8}}},
+            Quantization("gptq", 4, 128, 1, mixed=True),
+        ),
     ],
 )
 def test_quantization_config(given_config: dict[str, Any], expected: Quantization, tmp_path: Path) -> None:
@@ -234,8 +242,13 @@ def test_quantization_config(given_config: dict[str, Any], expected: Quantizatio
     ("given_config", "sentence"),
     [
         ("gptq", "must be an object, found 'gptq'"),
-        ({"quant_method": "fp8"}, "quant_method is 'fp8', allowed are gptq, awq"),
-        ({"bits": 4}, "quant_method is None, allowed are"),
+        ({"quant_method": "fp8"}, "quant_method is 'fp8', allowed is gptq or awq or auto-round"),
+        ({"bits": 4}, "quant_method is None, allowed is"),
+        ({"quant_method": ["gptq"]}, r"quant_method is \['gptq'\]"),
+        (AUTO_ROUND, "packing_format is None, allowed is 'auto_round:auto_gptq'"),
+        (AUTO_ROUND | {"packing_format": "auto_round"}, "packing_format is 'auto_round', allowed is"),
+        (AUTO_ROUND | {"packing_format": "auto_gptq", "data_type": "mx_fp"}, "data_type is 'mx_fp', allowed is 'int'"),
+        (GPTQ | {"group_size": 10**30}, "group_size is 1000.*, allowed are -1 and"),
         (GPTQ | {"bits": 3}, "bits is 3, allowed are 4 and 8"),
         (GPTQ | {"bits": "4"}, "bits is '4', a whole number is needed"),
         (GPTQ | {"group_size": 0}, "group_size is 0, allowed are -1 and"),

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from qwenkit.engine.batch import Paged
 from qwenkit.engine.llm import LLM
+from qwenkit.files import has_file
 from qwenkit.model.rope import ntk_alpha
 
 SUFFIXES = (".txt", ".md", ".raw", ".tokens", ".jsonl", ".parquet")
@@ -58,6 +59,8 @@ def read_text(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"data is {str(path)!r}, allowed are files that end in {', '.join(SUFFIXES)}")
+    if not has_file(path):
+        raise FileNotFoundError(f"{path} does not exist")
     if suffix == ".parquet":
         text = "\n\n".join(_parquet_rows(path))
     else:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwenkit.files import has_file
 from qwenkit.weights.checkpoint import Checkpoint
 
 DEFAULT = Path(__file__).with_name("calibration.txt")
@@ -63,6 +64,8 @@ def _records(path: Path) -> Iterator[Record]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path} is no calibration file that is known: allowed are {', '.join(SUFFIXES)}")
+    if not has_file(path):
+        raise FileNotFoundError(f"{path} does not exist")
     if suffix == ".parquet":
         rows: Any = enumerate(_parquet(path), 1)
     else:

@@ -6,6 +6,7 @@ metadata leaves open (tied embeddings, biases, sizes of experts, vocabulary) is 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
@@ -15,12 +16,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qwenkit.errors import FieldError
+from qwenkit.model.config_schema import Whole
 from qwenkit.text.chat import ChatFormat, JinjaChat
 from qwenkit.text.chat_qwen1 import Qwen1Chat
 from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.weights import names
 from qwenkit.weights.gguf_file import GgufFile, read_gguf
 from qwenkit.weights.stored import StoredTensor
+
+logger = logging.getLogger(__name__)
 
 _MODEL_TYPES = {
     "llama": "llama",
@@ -31,6 +36,30 @@ _MODEL_TYPES = {
     "qwen3moe": "qwen3_moe",
 }
 QWEN1_WINDOW = 6144  # tokens of history, where no generation_config.json says otherwise
+_SIZE = Whole()
+_LARGEST_NUMBER = 1e18
+# Keys that change the arithmetic in other architectures, or of a later version, with the values that change nothing.
+_FOREIGN: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.temperature_length": (),
+    "attention.temperature_scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_group_count": (0, 1),
+    "expert_gating_func": (0, 1),  # not said, softmax
+    "leading_dense_block_count": (0,),
+    "use_parallel_residual": (False,),
+    "rope.dimension_sections": (),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
 _PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SAMPLING = {
     "top_k": "top_k",
@@ -75,7 +104,7 @@ class GgufCheckpoint:
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end of a text and the end of a turn, where the file names them."""
         found = [self.file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-        ids = [token for token in found if type(token) is int]
+        ids = [token for token in found if type(token) is int and 0 <= token < 2**31]
         if self._is_qwen1_chat():
             vocabulary = self.file.metadata.get("tokenizer.ggml.tokens")
             wanted = ("<|im_end|>", "<|endoftext|>")
@@ -166,18 +195,26 @@ class _Reading:
         value = self.metadata.get(full, default)
         if value is None:
             raise ValueError(f"{full} is missing")
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{full} is {value!r}, but a whole number of at least 1 is needed")
-        return value
+        if not _SIZE.accepts(value):
+            raise FieldError(full, value, _SIZE.words)
+        return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
         full = f"{self.architecture}.{key}"
         value = self.metadata.get(full, default)
         if value is None:
             raise ValueError(f"{full} is missing")
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{full} is {value!r}, but a positive number is needed")
+        if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
+            raise FieldError(full, value, f"a number above 0 and below {_LARGEST_NUMBER:g}")
         return float(value)
+
+    def refuse_foreign_keys(self) -> None:
+        """FieldError for a key, which no reader of this architecture has, that asks for other arithmetic."""
+        for key, neutral in _FOREIGN.items():
+            value = self.metadata.get(f"{self.architecture}.{key}")
+            if value is not None and value not in neutral:
+                allowed = f"only {' or '.join(map(repr, neutral))}" if neutral else "nothing"
+                raise FieldError(f"{self.architecture}.{key}", value, allowed)
 
     def has(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.metadata
@@ -190,6 +227,7 @@ class _Reading:
         return found
 
     def config(self) -> dict[str, Any]:
+        self.refuse_foreign_keys()
         # A count of layers that the table bears out is safe to build.
         layers = {int(m[1]) for name in self.shapes if (m := re.match(r"blk\.(\d{1,9})\.", name))}
         num_layers = self.size("block_count")
@@ -215,7 +253,7 @@ class _Reading:
         }
         for name in ("bos", "eos"):
             token = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-            if type(token) is int:
+            if type(token) is int and 0 <= token < 2**31:
                 common[f"{name}_token_id"] = token
         return common | (self.qwen1(head_dim) if self.architecture == "qwen" else self.modern(heads, head_dim))
 
@@ -245,13 +283,17 @@ class _Reading:
         }
 
     def modern(self, heads: int, head_dim: int) -> dict[str, Any]:
-        rotary_dim = self.size("rope.dimension_count", head_dim)
+        if self.size("rope.dimension_count", head_dim) != head_dim:
+            raise FieldError(
+                f"{self.architecture}.rope.dimension_count",
+                self.size("rope.dimension_count"),
+                f"only {head_dim}, the width of a head",
+            )
         config: dict[str, Any] = {
             "hidden_act": "silu",
             "num_key_value_heads": self.size("attention.head_count_kv", heads),
             "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon"),
             "rope_theta": self.number("rope.freq_base", 10000.0),
-            "partial_rotary_factor": rotary_dim / head_dim,
             "rope_scaling": self.rope_scaling(),
             "attention_bias": "blk.0.attn_q.bias" in self.shapes,
             "mlp_bias": "blk.0.ffn_gate.bias" in self.shapes,
@@ -261,12 +303,15 @@ class _Reading:
         return config | {"intermediate_size": self.size("feed_forward_length")}
 
     def rope_scaling(self) -> dict[str, Any] | None:
-        kind = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
+        """YaRN's or a linear scaling. As in llama.cpp, one without a type is linear, and older files say it as scale_linear."""
+        older = "" if self.has("rope.scaling.factor") or not self.has("rope.scale_linear") else "rope.scale_linear"
+        scaled = bool(older) or self.has("rope.scaling.factor")
+        kind = self.metadata.get(f"{self.architecture}.rope.scaling.type", "linear" if scaled else "none")
+        if kind not in ("none", "linear", "yarn"):
+            raise FieldError(f"{self.architecture}.rope.scaling.type", kind, "none, linear or yarn")
         if kind == "none":
             return None
-        if kind not in ("linear", "yarn"):
-            raise ValueError(f"{self.architecture}.rope.scaling.type is {kind!r}; known are none, linear and yarn")
-        factor = self.number("rope.scaling.factor")
+        factor = self.number(older or "rope.scaling.factor")
         scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
         if kind == "linear":
             return scaling
@@ -276,11 +321,24 @@ class _Reading:
         for key, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
             if self.has(f"rope.scaling.{key}"):
                 scaling[ours] = self.number(f"rope.scaling.{key}")
+        temperature = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
         if self.has("rope.scaling.attn_factor"):
             # llama.cpp multiplies YaRN's own temperature by it; in Hugging Face's config it replaces that.
-            temperature = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
             scaling["attention_factor"] = self.number("rope.scaling.attn_factor") * temperature
+        elif self.has("rope.scaling.yarn_attn_factor"):
+            scaling["attention_factor"] = self.yarn_attn_factor(temperature)
         return scaling
+
+    def yarn_attn_factor(self, temperature: float) -> float:
+        """What llama.cpp's converter took from a folder: its attention_factor, else its attn_factor; the file does not say which.
+
+        The one replaces YaRN's temperature, the other multiplies it. Published models have the latter to undo the temperature.
+        """
+        value = self.number("rope.scaling.yarn_attn_factor")
+        if math.isclose(value * temperature, 1.0, rel_tol=1e-3):
+            return 1.0
+        logger.warning("%s.rope.scaling.yarn_attn_factor is taken as attention_factor, %g", self.architecture, value)
+        return value
 
     def experts(self) -> dict[str, Any]:
         """Every layer has experts in these architectures; sizes that older writers left out are read off the first."""

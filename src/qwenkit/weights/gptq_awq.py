@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwenkit.errors import FieldError, shorten
 from qwenkit.files import has_file, read_json
 from qwenkit.weights.safetensors_files import has_safetensors
 from qwenkit.weights.stored import Bytes, StoredTensor
@@ -24,10 +25,15 @@ from qwenkit.weights.stored import Bytes, StoredTensor
 logger = logging.getLogger(__name__)
 
 METHODS = ("gptq", "awq")
+AUTO_ROUND = "auto-round"
 BITS = (4, 8)
 RUNS = (128, 64, 32)  # inputs that packed weights can give one scale
 
+_LARGEST_GROUP = 2**24
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_AUTO_ROUND_PACKINGS = {
+    f"{prefix}{ours}{method}": method for prefix in ("auto_round:", "") for ours in ("auto_", "") for method in METHODS
+}
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # how much too small a zero point is stored
 # AWQ writes the 8 columns of a word in the order 0 2 4 6 1 3 5 7; column c is nibble _AWQ_NIBBLE[c].
 _AWQ_NIBBLE = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -62,35 +68,59 @@ class Quantization:
             return None
         where = f"{folder}/{where}"
         if not isinstance(given, dict):
-            raise ValueError(f"{where} must be an object, found {given!r}")
+            raise ValueError(f"{where} must be an object, found {shorten(given)}")
         method = given.get("quant_method", given.get("method"))
-        if method not in METHODS:
-            raise ValueError(f"{where}.quant_method is {method!r}, allowed are {', '.join(METHODS)}")
+        if method == AUTO_ROUND:
+            method = _packing_of_auto_round(where, given)
+        if not isinstance(method, str) or method not in METHODS:
+            raise FieldError("quant_method", method, " or ".join((*METHODS, AUTO_ROUND)), source=where)
         bits = _number(where, given, ("bits", "w_bit", "wbits"), 4)
         group_size = _number(where, given, ("group_size", "q_group_size"), 128)
         allowed = BITS if method == "gptq" else (4,)
         if bits not in allowed:
-            raise ValueError(f"{where}.bits is {bits}, allowed are {' and '.join(map(str, allowed))} ({method})")
-        if group_size != -1 and group_size < 1:
-            raise ValueError(f"{where}.group_size is {group_size}, allowed are -1 and whole numbers of at least 1")
+            raise ValueError(
+                f"{where}.bits is {shorten(bits)}, allowed are {' and '.join(map(str, allowed))} ({method})"
+            )
+        if group_size != -1 and not 1 <= group_size <= _LARGEST_GROUP:
+            raise ValueError(
+                f"{where}.group_size is {shorten(group_size)}, allowed are -1 and whole numbers of at least 1"
+            )
         if method == "awq":
             version = given.get("version", "gemm")
             if not isinstance(version, str) or version.lower() != "gemm":
-                raise ValueError(f"{where}.version is {version!r}, allowed is 'gemm'")
+                raise ValueError(f"{where}.version is {shorten(version)}, allowed is 'gemm'")
             return cls(method, bits, group_size, base=_base(folder, where, given, bits, group_size))
         stored_as = "marlin" if given.get("is_marlin_format") else given.get("checkpoint_format", given.get("format"))
         stored_as = "gptq" if stored_as is None else stored_as
         if not isinstance(stored_as, str) or stored_as not in _FORMATS:
-            raise ValueError(f"{where}.checkpoint_format is {stored_as!r}, allowed are {', '.join(_FORMATS)}")
+            raise ValueError(f"{where}.checkpoint_format is {shorten(stored_as)}, allowed are {', '.join(_FORMATS)}")
         base = _base(folder, where, given, bits, group_size)
-        return cls(method, bits, group_size, _FORMATS[stored_as], mixed=bool(given.get("dynamic")), base=base)
+        return cls(
+            method,
+            bits,
+            group_size,
+            _FORMATS[stored_as],
+            mixed=bool(given.get("dynamic") or given.get("extra_config")),
+            base=base,
+        )
+
+
+def _packing_of_auto_round(where: str, given: Mapping[str, Any]) -> str:
+    """gptq or awq: AutoRound finds other codes, and packs them as one of the two. Its own third packing is not read."""
+    if given.get("data_type", "int") != "int":
+        raise FieldError("data_type", given["data_type"], "'int'", source=where)
+    packing = given.get("packing_format", given.get("backend"))
+    found = _AUTO_ROUND_PACKINGS.get(packing) if isinstance(packing, str) else None
+    if found is None:
+        raise FieldError("packing_format", packing, " or ".join(map(repr, _AUTO_ROUND_PACKINGS)), source=where)
+    return found
 
 
 def _base(folder: Path, where: str, given: Mapping[str, Any], bits: int, group_size: int) -> str:
     """The files that are there: model, what the configuration calls them, or AutoGPTQ's own name for them."""
     named = given.get("model_file_base_name")
     if named is not None and (not isinstance(named, str) or named in ("", ".", "..") or set(named) & set("/\\\0")):
-        raise ValueError(f"{where}.model_file_base_name is {named!r}, which is no plain file name")
+        raise ValueError(f"{where}.model_file_base_name is {shorten(named)}, which is no plain file name")
     candidates = ("model", named, f"gptq_model-{bits}bit-{group_size}g")
     return next((base for base in candidates if base and has_safetensors(folder, base)), "model")
 
@@ -99,7 +129,7 @@ def _number(where: str, given: Mapping[str, Any], names: tuple[str, ...], defaul
     name = next((name for name in names if given.get(name) is not None), names[0])
     value = given.get(name, default)
     if type(value) is not int:
-        raise ValueError(f"{where}.{name} is {value!r}, a whole number is needed")
+        raise ValueError(f"{where}.{name} is {shorten(value)}, a whole number is needed")
     return value
 
 
