@@ -15,6 +15,14 @@ from qwenkit.text.added_tokens import AddedTokenMatcher
 from qwenkit.text.vocabulary import Vocabulary
 
 
+class TokenLimitError(ValueError):
+    """A text has more tokens than the caller wants; it was not tokenized to its end."""
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__(f"the text is longer than {max_tokens} tokens")
+        self.max_tokens = max_tokens
+
+
 class Tokenizer:
     """Text <-> token ids; made by `from_folder` or `from_bpe`, and safe to use from several threads."""
 
@@ -69,13 +77,13 @@ class Tokenizer:
         """
         return cls(vocabulary.from_gguf_lists(tokens, merges, token_types, pre))
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, *, allow_special: bool = False, max_tokens: int | None = None) -> list[int]:
         """Ids of `text`, with nothing added before or after it.
 
         Control tokens written in the text are spelled out as plain text, or, with allow_special, become their ids.
         Added tokens that are not control tokens (<think>, <tool_call>) become their ids either way. Half a surrogate
         pair becomes U+FFFD. Bytes for which a vocabulary has no token (SmolLM2 lacks some) vanish, as they did when
-        the model was trained.
+        the model was trained. Raises TokenLimitError for a text of more than `max_tokens` tokens.
         """
         before, after = self._full_passes if allow_special else self._plain_passes
         ids: list[int] = []
@@ -87,6 +95,8 @@ class Tokenizer:
             else:
                 for part in after.split(self._engine.normalize(piece)):
                     ids.extend([part] if isinstance(part, int) else self._engine.encode(part))
+            if max_tokens is not None and len(ids) > max_tokens:
+                raise TokenLimitError(max_tokens)
         return ids
 
     def encode_ordinary(self, text: str) -> list[int]:
