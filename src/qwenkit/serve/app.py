@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from qwenkit.serve.access import BodyLimit, Envelope, Gate
+from qwenkit.serve.body import BodyReader
 from qwenkit.serve.errors import DOCUMENTED, install_handlers
 from qwenkit.serve.keys import Keys
 from qwenkit.serve.server import Server
@@ -65,6 +66,7 @@ def create_app(server: Server, *, keys: Keys | None = None, tracing: Tracing | N
     )
     app.state.server = server
     app.state.keys = keys
+    app.state.bodies = BodyReader(server.max_model_len)
     app.state.tracing = tracing
     install_handlers(app)
     for name in ROUTERS:

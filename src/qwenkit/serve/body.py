@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
-from fastapi import Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, from_json
@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope
 
 from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError, client_gone, refusal
-from qwenkit.serve.server import Server, the_server
+from qwenkit.serve.executor import FairExecutor
 
 INLINE_BYTES = 16_384  # longest body that is parsed on the event loop
 MAX_FIELDS = 100_000  # objects, lists and fields of objects in one body
@@ -70,7 +70,7 @@ def at_most(number: int) -> Callable[[Any], Any]:
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its JSON body by `read_json` instead of FastAPI's own reader; the documentation stays the same."""
+    """A route that reads its JSON body by the app's BodyReader; documented as FastAPI documents it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -79,7 +79,8 @@ class JsonRoute(APIRoute):
             return handler
 
         async def handle(request: Request) -> Response:
-            return await handler(_ReadRequest(request.scope, request.receive, await read_json(request, model)))
+            body = await reader_of(request.app).read(request, model)
+            return await handler(_ReadRequest(request.scope, request.receive, body))
 
         return handle
 
@@ -108,28 +109,39 @@ def _model_of(endpoint: Callable[..., Any]) -> type[RequestModel] | None:
     return None
 
 
-async def read_json(request: Request, model: type[M]) -> M:
-    """The body of a request as `model`. Raises ApiError: 415 for another content type, 400 for what is not JSON or not valid."""
-    try:
-        data = await request.body()
-    except ClientDisconnect:
-        raise client_gone() from None
-    if not data:
-        raise ApiError(400, "the body is missing", code="missing_required_parameter")
-    given = request.headers.get("content-type") or "missing"
-    if not _is_json(given):
-        sentence = f"the header Content-Type is {given[:100]}, allowed is application/json"
-        raise ApiError(415, sentence, code="unsupported_media_type")
-    server = the_server(request)
-    if len(data) <= INLINE_BYTES:
-        return parse(data, model, max_values(server))
-    parsed: M = await server.bodies.run(caller.get().namespace, parse, data, model, max_values(server))
-    return parsed
+class BodyReader:
+    """Reads the JSON bodies of one app, whose `app.state.bodies` it is. `max_prompt`: token ids of the longest valid prompt."""
+
+    def __init__(self, max_prompt: int = 0) -> None:
+        self.max_values = max(MIN_VALUES, max_prompt) + MAX_FIELDS  # items of lists and fields of objects
+        # One thread: parser and validator keep the interpreter lock, and two of them would keep it from the event loop.
+        self._executor = FairExecutor(1, "bodies")
+
+    async def read(self, request: Request, model: type[M]) -> M:
+        """The body as `model`. Raises ApiError: 415 for another content type, 400 for what is not JSON or not valid."""
+        try:
+            data = await request.body()
+        except ClientDisconnect:
+            raise client_gone() from None
+        if not data:
+            raise ApiError(400, "the body is missing", code="missing_required_parameter")
+        given = request.headers.get("content-type") or "missing"
+        if not _is_json(given):
+            sentence = f"the header Content-Type is {given[:100]}, allowed is application/json"
+            raise ApiError(415, sentence, code="unsupported_media_type")
+        if len(data) <= INLINE_BYTES:
+            return parse(data, model, self.max_values)
+        parsed: M = await self._executor.run(caller.get().namespace, parse, data, model, self.max_values)
+        return parsed
 
 
-def max_values(server: Server) -> int:
-    """Items of lists and fields of objects that a body may have: some prompts of token ids are the longest valid lists."""
-    return max(MIN_VALUES, server.max_model_len) + MAX_FIELDS
+def reader_of(app: FastAPI) -> BodyReader:
+    """The reader of an app, made when it is first asked for."""
+    if not hasattr(app.state, "bodies"):
+        app.state.bodies = BodyReader()
+    reader = app.state.bodies
+    assert isinstance(reader, BodyReader)
+    return reader
 
 
 def parse(data: bytes, model: type[M], values: int) -> M:

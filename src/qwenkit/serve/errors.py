@@ -160,7 +160,7 @@ def _on_http(request: Request, error: Exception) -> JSONResponse:
 
 
 def _on_validation(request: Request, error: Exception) -> JSONResponse:
-    """Parameters of the path and the query; bodies are read by body.read_json."""
+    """Parameters of the path and the query; bodies are read by body.BodyReader."""
     assert isinstance(error, RequestValidationError)
     return refusal(error.errors()).response(request.url.path)
 

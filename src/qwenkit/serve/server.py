@@ -43,8 +43,6 @@ class Server:
     adapters: dict[str, str] = field(default_factory=dict)
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     started: int = field(default_factory=lambda: int(time.time()))
-    # One thread for bodies: parser and validator keep the interpreter lock, and two of them would keep it from the event loop.
-    bodies: FairExecutor = field(default_factory=lambda: FairExecutor(1, "bodies"))
     prompts: FairExecutor = field(default_factory=lambda: FairExecutor(2, "prompts"))
 
     @property
@@ -54,7 +52,7 @@ class Server:
     @property
     def max_counted(self) -> int:
         """Tokens up to which a text is tokenized at all: more than the context, so that errors can say how many there are."""
-        return 2 * self.max_model_len
+        return 4 * self.max_model_len
 
     @cached_property
     def max_prompt_chars(self) -> int:

@@ -1,7 +1,7 @@
 """From the text or the messages of a request to prompt token ids.
 
-In: what a client wrote, of any length. Out: ids, or ApiError for what cannot fit the context: characters are counted before a text
-is tokenized, tokens while it is. Long requests do this in a thread, callers in turn.
+In: what a client wrote, of any length. Out: ids, or ApiError for what cannot fit the context: characters are counted before a
+text is tokenized, tokens while it is. Long requests do this in a thread, callers in turn.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """POST /tokenize and /detokenize, in vLLM's shapes.
 
 In: a text, a conversation or token ids. Out: ids with their number and the model's context, or the text of ids. A text is read as
-/v1/completions reads its prompt, a conversation as /v1/chat/completions does; either may be up to two contexts long.
+/v1/completions reads its prompt, a conversation as /v1/chat/completions does; either may be up to four contexts long.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import BaseModel, Field
 
 from qwenkit.serve.body import JsonRoute, RequestModel
+from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError
 from qwenkit.serve.page.worker import BusyError, Renderer
 
@@ -62,9 +63,11 @@ async def render(request: RenderRequest, http: Request) -> RenderAnswer:
     if getattr(state, "renderer", None) is None:  # the process starts with the first text
         state.renderer = Renderer()
     try:
-        return RenderAnswer(html=await state.renderer.html(request.text))
+        return RenderAnswer(html=await state.renderer.html(request.text, caller.get().namespace))
     except BusyError as error:
-        raise ApiError(429, str(error), type="rate_limit_error", headers={"Retry-After": "1"}) from error
+        raise ApiError(
+            429, str(error), type="rate_limit_error", headers={"Retry-After": str(error.retry_after)}
+        ) from error
 
 
 @cache
