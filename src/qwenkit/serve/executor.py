@@ -45,9 +45,9 @@ class FairExecutor:
         job.add_done_callback(finished)
         return await asyncio.wrap_future(job)
 
-    def close(self) -> None:
-        """Wait for running jobs; drop the others."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, *, wait: bool = True) -> None:
+        """Drop the jobs that no thread has begun, and wait for the others."""
+        self._pool.shutdown(wait=wait, cancel_futures=True)
 
     async def _acquire(self, loop: asyncio.AbstractEventLoop, key: str) -> None:
         if self._num_free:

@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,12 @@ import httpx
 import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qwenkit.serve.batch.lines import answered, assemble, read_body, scan, unanswered, usage
+from qwenkit.serve.batch.lines import Scan, answered, assemble, read_body, scan, unanswered, usage
 from qwenkit.serve.batch.rows import BatchLimits, BatchRow, Line
 from qwenkit.serve.batch.store import BatchStore
+from qwenkit.serve.body import MAX_FIELDS, MIN_VALUES
 from qwenkit.serve.caller import SCOPE_KEY, Caller, caller
+from qwenkit.serve.executor import FairExecutor
 
 log = logging.getLogger("qwenkit.serve")
 
@@ -53,12 +55,21 @@ class _Feed:
     turn: int = 0
 
 
+class _MinuteFullError(Exception):
+    """The line's key may ask no more before `seconds` have passed."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+
 class BatchWorker:
     """Runs the batches of `store` through `app` between `start` and `stop`, `concurrency` lines at a time.
 
     `crowded` says whether requests wait at the engine already: then no line is added to them, so that batches fill what
     people leave free and never the queue. `serves` says whether a key (its namespace) still exists; batches of one that does
-    not are left where they are until they expire.
+    not are left where they are until they expire. `principal` says in whose name the lines of a batch run: they count to the
+    limits of that key, and those that are beyond its minute wait for the next one without a place among the running.
     """
 
     def __init__(
@@ -71,13 +82,16 @@ class BatchWorker:
         max_line_bytes: int,
         crowded: Callable[[], bool] = lambda: False,
         serves: Callable[[str], bool] = lambda owner: True,
+        principal: Callable[[BatchRow], Caller] = lambda batch: Caller(batch.owner_name, batch.owner),
+        max_values: int = MIN_VALUES + MAX_FIELDS,
     ) -> None:
         self.store = store
         self._app, self._limits, self._concurrency, self._max_line_bytes = app, limits, concurrency, max_line_bytes
-        self._crowded, self._serves = crowded, serves
+        self._crowded, self._serves, self._principal, self._max_values = crowded, serves, principal, max_values
+        self._not_before: dict[str, float] = {}  # owner -> when its minute has room again
         self._feeds: dict[int, _Feed] = {}
         self._jobs: dict[int, asyncio.Task[None]] = {}  # reading an input file, or writing the output
-        self._reading = asyncio.Semaphore(1)
+        self._reading = FairExecutor(1, "input-files")
         self._bell = asyncio.Event()
         self._turns = 0
         self._swept = 0.0
@@ -106,6 +120,7 @@ class BatchWorker:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.call(self.store.close)
         self._thread.shutdown()
+        self._reading.close(wait=False)
 
     async def _run(self) -> None:
         while True:
@@ -157,19 +172,20 @@ class BatchWorker:
 
     async def _read(self, batch: BatchRow) -> None:
         """validating -> in_progress or failed."""
-        async with self._reading:
-            limits = {"max_lines": self._limits.max_lines, "max_line_bytes": self._max_line_bytes}
-            path = self.store.path(batch.input_file_id)
-            try:
-                found = await asyncio.to_thread(scan, path, batch.endpoint, **limits)
-            except FileNotFoundError:
-                error = {"code": "file_not_found", "line": None, "message": "The input file is gone.", "param": None}
-                await self.call(self.store.fail, batch.seq, [error])
-                return
-            if found.errors:
-                await self.call(self.store.fail, batch.seq, found.errors)
-            else:
-                await self.call(self.store.begin, batch.seq, found.lines, found.model)
+        limits = {"max_lines": self._limits.max_lines, "max_line_bytes": self._max_line_bytes}
+        path = self.store.path(batch.input_file_id)
+        try:
+            found: Scan = await self._reading.run(
+                batch.owner, scan, path, batch.endpoint, **limits, max_values=self._max_values
+            )
+        except FileNotFoundError:
+            error = {"code": "file_not_found", "line": None, "message": "The input file is gone.", "param": None}
+            await self.call(self.store.fail, batch.seq, [error])
+            return
+        if found.errors:
+            await self.call(self.store.fail, batch.seq, found.errors)
+        else:
+            await self.call(self.store.begin, batch.seq, found.lines, found.model)
 
     async def _write(self, batch: BatchRow, feed: _Feed | None) -> None:
         """finalizing or cancelling -> the end, after the lines still being answered are let go."""
@@ -200,9 +216,10 @@ class BatchWorker:
                 return 0.05
             self._turns += 1
             chosen.turn = self._turns
-            task = asyncio.create_task(self._answer(chosen.batch, chosen.waiting.popleft()))
+            line = chosen.waiting.popleft()
+            task = asyncio.create_task(self._answer(chosen.batch, line))
             chosen.running.add(task)
-            task.add_done_callback(lambda done, feed=chosen: self._done(feed, done))  # type: ignore[misc]
+            task.add_done_callback(partial(self._done, chosen, line))
             await asyncio.sleep(0)  # the line gets to the engine before the next look at its queue
         return TICK
 
@@ -211,19 +228,28 @@ class BatchWorker:
         busy: Counter[str] = Counter()
         for feed in self._feeds.values():
             busy[feed.batch.owner] += len(feed.running)
-        ready = [feed for feed in self._feeds.values() if feed.waiting]
+        now = time.monotonic()
+        ready = [
+            feed for feed in self._feeds.values() if feed.waiting and self._not_before.get(feed.batch.owner, 0.0) <= now
+        ]
         return min(ready, key=lambda feed: (busy[feed.batch.owner], len(feed.running), feed.turn), default=None)
 
-    def _done(self, feed: _Feed, task: asyncio.Task[None]) -> None:
+    def _done(self, feed: _Feed, line: Line, task: asyncio.Task[None]) -> None:
         feed.running.discard(task)
         self.wake()
-        if not task.cancelled() and task.exception() is not None:
+        if not task.cancelled() and isinstance(error := task.exception(), _MinuteFullError):
+            feed.waiting.appendleft(line)
+            owner, until = feed.batch.owner, time.monotonic() + error.seconds
+            self._not_before[owner] = max(self._not_before.get(owner, 0.0), until)
+        elif not task.cancelled() and task.exception() is not None:
             log.error("a line of batch %s was lost until the next start", feed.batch.id, exc_info=task.exception())
 
     async def _answer(self, batch: BatchRow, line: Line) -> None:
         """One line, from the input file to its result in the store."""
         try:
             ok, record, tokens = await self._ask(batch, line)
+        except _MinuteFullError:
+            raise
         except Exception:
             log.exception("line %d of batch %s failed", line.line, batch.id)
             message = f"The server failed at this request (request id {_request_id(batch, line)})."
@@ -246,11 +272,15 @@ class BatchWorker:
             error = {"message": "stream is true, allowed in a batch is false", "type": "invalid_request_error"}
             refused = {"error": error | {"param": "stream", "code": "invalid_value"}}
             return False, answered(line.custom_id, 400, request_id, refused), (0, 0)
-        who = Caller(batch.owner_name, batch.owner, priority=PRIORITY, request_id=request_id)
+        who = replace(self._principal(batch), priority=PRIORITY, request_id=request_id)
         content, wait, crashes = orjson.dumps(body), _WAIT, 0
         while True:
             response = await post(self._app, batch.endpoint, content, who)
             status = response.status_code
+            if status == 429 and _error_code(response) == "rate_limit_exceeded":
+                if "retry-after" not in response.headers:
+                    break  # more than a whole minute allows
+                raise _MinuteFullError(_retry_after(response, _WAIT))
             crashed = status >= 500 and status != 503
             crashes += crashed
             if status not in (429, 503) and not (crashed and crashes < _CRASHES):
@@ -282,6 +312,14 @@ async def post(app: ASGIApp, path: str, content: bytes, who: Caller) -> httpx.Re
     async with httpx.AsyncClient(transport=transport, base_url=_HOST, timeout=None, trust_env=False) as client:
         headers = {"content-type": "application/json", "anthropic-version": "2023-06-01"}
         return await client.post(path, content=content, headers=headers)
+
+
+def _error_code(response: httpx.Response) -> str | None:
+    try:
+        code = orjson.loads(response.content)["error"].get("code")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return code if isinstance(code, str) else None
 
 
 def _retry_after(response: httpx.Response, wait: float) -> float:
