@@ -361,10 +361,10 @@ def test_key_files_are_regular_files(tmp_path: Path) -> None:
     os.mkfifo(fifo)
     for name in ("api_key_file", "admin_key_file"):
         for path in (fifo, Path("/dev/null"), tmp_path):
-            with pytest.raises(ValueError, match=f"{name} is .* not a regular file"):
+            with pytest.raises(ValueError, match=f"{name} is .* not a file"):
                 ServeConfig(**{name: str(path)})
     for path in (fifo, Path("/dev/zero")):
-        with pytest.raises(ValueError, match=r"tls_cert is .* not a regular file"):
+        with pytest.raises(ValueError, match=r"tls_cert is .* not a file"):
             ServeConfig(tls_cert=str(path), tls_key=str(path))
     file = tmp_path / "admin"
     file.write_text("the-boss\n")
@@ -380,5 +380,5 @@ def test_key_files_are_regular_files(tmp_path: Path) -> None:
         ServeConfig(admin_key="a", admin_key_file=str(file))
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(ValueError, match="not a regular file"):
+    with pytest.raises(ValueError, match="not a file"):
         Keys.of(config, {})

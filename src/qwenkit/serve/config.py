@@ -99,7 +99,7 @@ class ServeConfig:
         for name in ("tls_cert", "tls_key", "api_key_file", "admin_key_file"):
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
-                raise ValueError(f"{name} is {path!r}, which is not a regular file")
+                raise ValueError(f"{name} is {path!r}, which is not a file")
         if self.admin_key is not None and self.admin_key_file is not None:
             raise ValueError("admin_key and admin_key_file are the same thing, give one of them")
         self.adapters()

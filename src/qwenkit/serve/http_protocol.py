@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 from qwenkit.serve.connections import Connections, Slot
 
 MAX_HEAD = 64 * 1024  # bytes of a request's URL and of the names and values of its headers
+MAX_DROPPED = 1 << 20  # bytes after a refused head, beyond which the client does not want the answer
 MAX_PIPELINED = 16  # requests of a connection that wait for the answer to an earlier one
 READER_PATIENCE = 60.0  # seconds that a client may take nothing of what is written to it
 CLOSE_PATIENCE = 5.0  # seconds that the last bytes of a closed connection may take to leave
@@ -61,6 +62,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._messages = 0  # begun or ended
         self._num_read = 0  # bytes since then
         self._num_body = 0  # of which body
+        self._num_dropped = 0  # bytes after a refused head
         self._head_size = 0
         self._paused_at: float | None = None  # since when the client reads nothing
         self._closed_at: float | None = None
@@ -78,6 +80,10 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            self._num_dropped += len(data)
+            if self._num_dropped > MAX_DROPPED:
+                self.abort()
         for start in range(0, len(data), _PIECE):
             if self._refused or self.transport.is_closing():
                 break  # what still comes is dropped until the connection is closed

@@ -122,7 +122,7 @@ def _read_text(path: Path, field: str) -> str:
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{field} is {str(path)!r}, which is not a regular file")
+            raise ValueError(f"{field} is {str(path)!r}, which is not a file")
         if status.st_size > MAX_FILE:
             raise ValueError(f"{field}: {path} has {status.st_size} bytes, allowed are {MAX_FILE}")
         data = file.read(MAX_FILE)
