@@ -8,6 +8,7 @@ within 200 ms; that nothing is a 5xx, the log holds no error, and SIGTERM ends i
 
     python benchmarks/soak.py                                  smollm2, 200 streams, 5 minutes
     python benchmarks/soak.py smollm2 --minutes 1 --streams 50 --kv-memory 128MiB
+    python benchmarks/soak.py attacks smollm2                  hostile clients instead of load: see attacks.py
 
 The cache is small (--kv-memory) so that it is full, and resident, before memory is first looked at, and so that answers are
 preempted. Prints a JSON summary; exit code 1 and the reasons on standard error where a line was violated.
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
 
+import attacks
 from served import Answer, Served, ask, connection, head, reset_on_close, send
 
 WORDS = "river stone paper night seven green engine window letter garden winter music door salt bread".split()  # noqa: SIM905
@@ -312,6 +314,8 @@ async def load(served: Served, seen: Seen, streams: int, seconds: float) -> None
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["attacks"]:
+        return attacks.main(sys.argv[2:])
     parser = argparse.ArgumentParser(
         description="Load a server for minutes and check that it does everything it must.",
         epilog="Flags that are not known here go to `qwenkit serve`.",

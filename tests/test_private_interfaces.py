@@ -29,17 +29,6 @@ SOURCES = sorted((ROOT / "src" / "qwenkit").rglob("*.py"))
 DOCUMENTED = {"os._exit"}
 
 
-def storage_use_count() -> None:
-    """ops.cpu.buffers: how many hold a storage; a buffer is free when only the pool does."""
-    storage = torch.empty(4).untyped_storage()
-    count = torch._C._storage_Use_Count  # type: ignore[attr-defined]
-    before = count(storage._cdata)
-    other = torch.empty(0).set_(storage)
-    assert count(storage._cdata) == before + 1
-    del other
-    assert count(storage._cdata) == before
-
-
 def fused_adamw() -> None:
     """train.optim: the kernel of AdamW(fused=True), with these arguments."""
     weight, grad, first, second = (torch.full((3,), value) for value in (1.0, 0.5, 0.0, 0.0))
@@ -146,7 +135,6 @@ def uvicorn_protocol() -> None:
 
 # What is tried, and the names with a leading underscore that it covers.
 INTERFACES: dict[Callable[[], None], set[str]] = {
-    storage_use_count: {"torch._C", "_storage_Use_Count", "_cdata"},
     fused_adamw: {"torch._fused_adamw_"},
     int_mm: {"torch._int_mm"},
     cpu_features: {"torch.cpu._is_avx512_bf16_supported", "torch.cpu._is_amx_tile_supported"},

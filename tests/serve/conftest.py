@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from qwenkit.serve.app import create_app
 from qwenkit.serve.config import ServeConfig
 from qwenkit.serve.driver import Driver
 from qwenkit.serve.limits import MinuteLimits
+from qwenkit.serve.listener import Listener, bind
 from qwenkit.serve.metrics import Metrics
 from qwenkit.serve.server import Server
 from qwenkit.text.chat import ChatFormat, JinjaChat
@@ -43,6 +43,7 @@ class LiveServer:
     app: FastAPI
     server: Server
     engine: Any
+    listener: Listener
 
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
         return httpx.get(self.url + path, **(HTTP | kwargs))
@@ -68,6 +69,13 @@ def make_server(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[MakeServer]:
 
     Other fields of Server are given by `server_fields`.
     """
+    with servers(tokenizer, tmp_path) as make:
+        yield make
+
+
+@contextlib.contextmanager
+def servers(tokenizer: Tokenizer, folder: Path) -> Iterator[MakeServer]:
+    """What the fixture `make_server` gives, for fixtures of wider scope."""
     compilers: list[Any] = []
 
     def make(
@@ -79,7 +87,7 @@ def make_server(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[MakeServer]:
         server_fields: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Server:
-        config = ServeConfig(**({"port": 0, "state_dir": str(tmp_path / "state")} | settings))
+        config = ServeConfig(**({"port": 0, "state_dir": str(folder / "state")} | settings))
         engine = engine or ScriptedEngine(tokenizer, scripts)
         chat_format = chat_format or JinjaChat(tokenizer, CHAT_TEMPLATE)
         metrics = Metrics(config.metrics_prefix, MODEL)
@@ -129,22 +137,20 @@ def live_server(make_server: MakeServer) -> Iterator[StartServer]:
 
 @contextlib.contextmanager
 def running(server: Server, *, app: FastAPI | None = None) -> Iterator[LiveServer]:
-    """A Server behind uvicorn in a thread, on a free loopback port."""
-    app = app or create_app(server)
-    web = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2)
-    )
+    """A Server behind its Listener in a thread, on a free loopback port."""
+    web = Listener(app or create_app(server), server.driver, server.config, lambda: None)
+    sock = bind("127.0.0.1", 0)
     server.driver.start()
-    thread = threading.Thread(target=web.run, name="uvicorn", daemon=True)
+    thread = threading.Thread(target=web.run, args=([sock],), name="uvicorn", daemon=True)
     thread.start()
     deadline = time.monotonic() + PATIENCE
     while not web.started:
         assert thread.is_alive(), "the server did not start"
         assert time.monotonic() < deadline, "the server took too long to start"
         time.sleep(0.005)
-    port = web.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     try:
-        yield LiveServer(f"http://127.0.0.1:{port}", app, server, server.driver.engine)
+        yield LiveServer(url, web.config.app, server, server.driver.engine, web)  # type: ignore[arg-type]
     finally:
         gate = getattr(server.driver.engine, "gate", None)
         if gate is not None:

@@ -32,7 +32,7 @@ OPEN_ROUTES = frozenset({"/health", "/ready", "/"})
 
 ADMIN_ROUTES = ("/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 UNCOUNTED_ROUTES = frozenset({"/render"})
-"""The page asks for its markdown several times a second while an answer streams; what may wait there is bounded by itself."""
+"""The page asks for its markdown several times a second while an answer streams: CPU seconds limit that (page/worker.py)."""
 
 UPLOADS = frozenset({"/v1/files"})
 SLOWEST_BODY = 1024  # bytes a second that a body must arrive with, on the whole
@@ -116,9 +116,8 @@ class Gate:
             await self.app(scope, receive, send)
             return
         try:
-            who = scope.get(SCOPE_KEY)
-            if who is None:
-                who = self._admit(scope)
+            who = scope.get(SCOPE_KEY) or self._admit(scope)
+            self._count(scope, who)
         except ApiError as error:
             await error.response(scope["path"])(scope, receive, send)
             return
@@ -140,14 +139,17 @@ class Gate:
             raise _unauthorized("this server needs an API key: Authorization: Bearer KEY, or x-api-key: KEY")
         if not self.keys.are_set and not self.config.allow_no_key:
             self._check_origin(headers)
-        who = replace(who or Caller(is_limited=True), request_id=scope[_ID_KEY])
-        if scope["method"] == "POST" and path not in UNCOUNTED_ROUTES and not who.is_admin:
-            try:
-                self.limits.take_request(who)
-            except ApiError:
-                self.metrics.rejected("rate_limit")
-                raise
-        return who
+        return replace(who or Caller(is_limited=True), request_id=scope[_ID_KEY])
+
+    def _count(self, scope: Scope, who: Caller) -> None:
+        """Count a request to the caller's minute, a batch's line like one from the network. Raises ApiError 429."""
+        if scope["method"] != "POST" or scope["path"] in UNCOUNTED_ROUTES or who.is_admin:
+            return
+        try:
+            self.limits.take_request(who)
+        except ApiError:
+            self.metrics.rejected("rate_limit")
+            raise
 
     def _check_admin(self, who: Caller | None) -> None:
         if not self.keys.admin_is_set:

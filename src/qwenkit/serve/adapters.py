@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from qwenkit.serve.body import JsonRoute, RequestModel
 from qwenkit.serve.errors import ApiError
 from qwenkit.serve.server import Server, the_server
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 TheServer = Annotated[Server, Depends(the_server)]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 
-class LoadAdapter(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class LoadAdapter(RequestModel):
     lora_name: str = Field(max_length=128)
     lora_path: str = Field(max_length=4096)
 
 
-class UnloadAdapter(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class UnloadAdapter(RequestModel):
     lora_name: str = Field(max_length=128)
 
 

@@ -7,16 +7,15 @@ which a request meets them.
 from __future__ import annotations
 
 import importlib
-import json
 import os
-from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from qwenkit.serve.access import BodyLimit, Envelope, Gate
-from qwenkit.serve.errors import DOCUMENTED, ApiError, install_handlers
+from qwenkit.serve.body import BodyReader
+from qwenkit.serve.errors import DOCUMENTED, install_handlers
 from qwenkit.serve.keys import Keys
 from qwenkit.serve.server import Server
 from qwenkit.serve.tracing import OtlpTracing, Tracing
@@ -63,26 +62,13 @@ def create_app(server: Server, *, keys: Keys | None = None, tracing: Tracing | N
         redoc_url=None,
         redirect_slashes=False,
         middleware=doors,
-        dependencies=[Depends(refuse_odd_numbers)],
         responses=DOCUMENTED,
     )
     app.state.server = server
     app.state.keys = keys
+    app.state.bodies = BodyReader(server.max_model_len)
     app.state.tracing = tracing
     install_handlers(app)
     for name in ROUTERS:
         app.include_router(importlib.import_module(f"qwenkit.serve.{name}").router)
     return app
-
-
-async def refuse_odd_numbers(request: Request) -> None:
-    """400 for the words NaN and Infinity as numbers, which Python reads in JSON though JSON has none."""
-    if request.method != "POST" or "json" not in request.headers.get("content-type", ""):
-        return
-    body = await request.body()
-    if b"NaN" in body or b"Infinity" in body:
-        json.loads(body, parse_constant=_refuse)
-
-
-def _refuse(word: str) -> Any:
-    raise ApiError(400, f"the body is not JSON: {word} is not a number in JSON", code="bad_json")

@@ -23,6 +23,7 @@ class ServeConfig:
     api_key: tuple[str, ...] = option((), "key that requests must carry (may be given several times)")
     api_key_file: str | None = option(None, "file of keys, one a line, each alone or as NAME KEY")
     admin_key: str | None = option(None, "key for the administration routes, which are closed without one")
+    admin_key_file: str | None = option(None, "file that holds the admin key, instead of --admin-key")
     allow_no_key: bool = option(False, "listen on other than loopback addresses without a key")
     tls_cert: str | None = option(None, "certificate file (PEM); serves https")
     tls_key: str | None = option(None, "key file (PEM) of the certificate")
@@ -47,7 +48,12 @@ class ServeConfig:
     header_timeout: float = option(
         20.0, "seconds that a client may take to send a request's head, or each part of a body"
     )
-    max_connections: int = option(2048, "connections at the same time; more are closed")
+    max_connections: int = option(
+        2048, "connections at the same time; for more, those that have waited longest are closed"
+    )
+    max_connections_per_address: int | None = option(
+        None, "the same for each client address (default: half of --max-connections)"
+    )
     state_dir: str | None = option(None, "folder for files and batches (default: one in the cache folder)")
     state_disk: str = option("20GiB", "most bytes of files and batches on disk")
     state_disk_per_key: str = option("5GiB", "most bytes of files and batches that each key may keep")
@@ -69,7 +75,7 @@ class ServeConfig:
             _whole(self, name, 1)
         for name in ("max_stop", "max_logprobs"):
             _whole(self, name, 0)
-        for name in ("requests_per_minute", "tokens_per_minute"):
+        for name in ("requests_per_minute", "tokens_per_minute", "max_connections_per_address"):
             if getattr(self, name) is not None:
                 _whole(self, name, 1)
         for name in ("stall_timeout", "keep_alive", "header_timeout", "grammar_timeout"):
@@ -90,10 +96,12 @@ class ServeConfig:
                 raise ValueError(f"cors_origin is {origin!r}, allowed is an origin such as https://chat.example.org")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key belong together: give both or neither")
-        for name in ("tls_cert", "tls_key", "api_key_file"):
+        for name in ("tls_cert", "tls_key", "api_key_file", "admin_key_file"):
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"{name} is {path!r}, which is not a file")
+        if self.admin_key is not None and self.admin_key_file is not None:
+            raise ValueError("admin_key and admin_key_file are the same thing, give one of them")
         self.adapters()
 
     def bytes_of(self, name: str) -> int:

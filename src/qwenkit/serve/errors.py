@@ -8,7 +8,9 @@ message, type, param and code; under /v1/messages the body is Anthropic's. A bug
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -31,6 +33,7 @@ _TYPES = {
     503: "overloaded_error",
     529: "overloaded_error",
 }
+_MAX_MESSAGE = 1000  # characters of a validator's sentence, which may quote the request
 _ANTHROPIC_PATH = "/v1/messages"
 
 
@@ -106,13 +109,23 @@ class ApiError(Exception):
 
 def context_too_long(num_prompt: int, num_answer: int, max_model_len: int, param: str = "messages") -> ApiError:
     """400 for a prompt (and the answer asked for, 0: any) that the context cannot hold; the sentence has all numbers."""
+    return _too_long(f"the prompt is {num_prompt} tokens long", num_answer, max_model_len, param)
+
+
+def text_too_long(size: str, max_model_len: int, param: str) -> ApiError:
+    """400 for a text that is not tokenized, or not to its end; `size` says how long it is at least."""
+    return _too_long(f"the prompt is {size} long", 0, max_model_len, param)
+
+
+def _too_long(prompt: str, num_answer: int, max_model_len: int, param: str) -> ApiError:
     asked = f" and {num_answer} tokens were asked for as the answer" if num_answer else ""
-    return ApiError(
-        400,
-        f"the prompt is {num_prompt} tokens long{asked}, but the model's context is {max_model_len} tokens for both",
-        param=param,
-        code="context_length_exceeded",
-    )
+    sentence = f"{prompt}{asked}, but the model's context is {max_model_len} tokens for both"
+    return ApiError(400, sentence, param=param, code="context_length_exceeded")
+
+
+def client_gone() -> ApiError:
+    """Ends the route of a request whose connection was closed. Nobody reads the answer; the log has it."""
+    return ApiError(499, "the client closed the connection", code="client_closed_request")
 
 
 def internal_error(request_id: str) -> ApiError:
@@ -147,11 +160,8 @@ def _on_http(request: Request, error: Exception) -> JSONResponse:
 
 
 def _on_validation(request: Request, error: Exception) -> JSONResponse:
+    """Parameters of the path and the query; bodies are read by body.BodyReader."""
     assert isinstance(error, RequestValidationError)
-    if isinstance(error.body, bytes) and any(tuple(one["loc"]) == ("body",) for one in error.errors()):
-        given = request.headers.get("content-type") or "missing"
-        sentence = f"the header Content-Type is {given[:100]}, allowed is application/json"
-        return ApiError(415, sentence, code="unsupported_media_type").response(request.url.path)
     return refusal(error.errors()).response(request.url.path)
 
 
@@ -167,11 +177,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         )
     first = errors[0]
     param = _path(first["loc"]) or None
-    if first["type"] == "json_invalid":
-        return ApiError(
-            400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="bad_json"
-        )
-    message = str(first["msg"])
+    message = str(first["msg"])[:_MAX_MESSAGE]
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if first["type"] == "missing":
         message = f"{param or 'the body'} is missing"
@@ -183,7 +189,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 def _path(loc: Sequence[Any]) -> str:
     """Dotted path of a field, without the words that pydantic puts in for the branches of a union."""
-    parts = [str(part) for part in loc if isinstance(part, int) or _is_field(part)]
+    parts = [str(part)[:100] for part in loc if isinstance(part, int) or _is_field(part)]
     return ".".join(parts[1:] if parts and parts[0] in ("body", "query", "path", "header") else parts)
 
 
@@ -191,6 +197,24 @@ def _is_field(part: str) -> bool:
     return not ("[" in part or part in ("str", "int", "float", "bool", "dict", "constrained-str") or part[:1].isupper())
 
 
+class _Repr(reprlib.Repr):
+    """Short forms of values of any size: only what is shown is looked at."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        shown = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in islice(x, self.maxdict)]
+        return "{" + ", ".join(shown + ["..."] * (len(x) > self.maxdict)) + "}"
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x[:100])
+
+
+_REPR = _Repr()
+_REPR.maxlist = _REPR.maxdict = 20
+_REPR.maxlong = 100
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from qwenkit.serve.config import ServeConfig
 
 KEYS_VARIABLE = "QWENKIT_API_KEYS"
 ADMIN_VARIABLE = "QWENKIT_ADMIN_KEY"
+MAX_FILE = 1 << 20  # bytes of a file of keys
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -49,20 +52,34 @@ class Keys:
 
     @classmethod
     def of(cls, config: ServeConfig, environ: Mapping[str, str]) -> Keys:
-        """Keys of --api-key, --api-key-file and QWENKIT_API_KEYS (separated by commas or white space), all together."""
+        """Keys of --api-key, --api-key-file and QWENKIT_API_KEYS (separated by commas or white space), all together.
+
+        Raises ValueError or OSError for files that cannot be used.
+        """
         named = [(f"key-{number}", key) for number, key in enumerate(config.api_key, start=1)]
         if config.api_key_file is not None:
             named += _read_file(Path(config.api_key_file))
         from_environment = re.split(r"[,\s]+", environ.get(KEYS_VARIABLE, "").strip(", \n\t"))
         named += [(f"env-{number}", key) for number, key in enumerate(filter(None, from_environment), start=1)]
-        return cls(named, config.admin_key or environ.get(ADMIN_VARIABLE) or None)
+        admin = config.admin_key
+        if config.admin_key_file is not None:
+            words = _read_text(Path(config.admin_key_file), "admin_key_file").split()
+            if len(words) != 1:
+                raise ValueError(
+                    f"admin_key_file: {config.admin_key_file} holds {len(words)} words, allowed is one key"
+                )
+            admin = words[0]
+        return cls(named, admin or environ.get(ADMIN_VARIABLE) or None)
 
     def has(self, namespace: str) -> bool:
-        """Whether somebody may still come in the name of `namespace`, which is a key's; "" is the admin's, and everybody's where
-        no key is needed."""
-        if namespace == "":
-            return self.admin_is_set or not self.are_set
-        return any(key.owner.namespace == namespace for key in self._keys)
+        """Whether somebody may still come in the name of `namespace`."""
+        return self.of_namespace(namespace) is not None
+
+    def of_namespace(self, namespace: str) -> Caller | None:
+        """The caller whose namespace it is, None if there is none any more; "" is the admin's, and everybody's without keys."""
+        if namespace == "" and not self.are_set:
+            return Caller(is_limited=True)
+        return next((key.owner for key in self._keys if key.owner.namespace == namespace), None)
 
     def owner(self, candidates: Iterable[bytes]) -> Caller | None:
         """Whose key one of `candidates` is, as they came in the headers."""
@@ -88,7 +105,7 @@ def _checked(name: str, key: str) -> str:
 def _read_file(path: Path) -> list[tuple[str, str]]:
     """Keys of a file: a line is KEY or NAME KEY; blank lines and lines that begin with # say nothing."""
     named: list[tuple[str, str]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(path, "api_key_file").splitlines(), start=1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
@@ -98,3 +115,18 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
     if not named:
         raise ValueError(f"api_key_file: {path} holds no key")
     return named
+
+
+def _read_text(path: Path, field: str) -> str:
+    """The text of a regular file of keys. Never waits: neither opening nor reading a FIFO that took its place does."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{field} is {str(path)!r}, which is not a file")
+        if status.st_size > MAX_FILE:
+            raise ValueError(f"{field}: {path} has {status.st_size} bytes, allowed are {MAX_FILE}")
+        data = file.read(MAX_FILE)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{field}: {path} is not UTF-8 text") from None

@@ -1,8 +1,7 @@
-"""The listening side: uvicorn with bounds on what a connection may do before anybody knows who it is, and a gentle end.
+"""The listening side: uvicorn's server on connections.Acceptor and http_protocol.HttpProtocol, with a gentle end.
 
-In: an ASGI app and a bound socket. Out: requests to the app. A head must arrive whole, in time and within MAX_HEAD bytes; a
-client that reads nothing is cut off. On SIGTERM or Ctrl-C new requests are refused while running ones finish; a second signal
-ends it at once.
+In: an ASGI app and a bound socket. Out: requests to the app. On SIGTERM or Ctrl-C new requests are refused while running ones
+finish; a second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -17,84 +16,13 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from qwenkit.serve.config import ServeConfig
+from qwenkit.serve.connections import Acceptor, Connections, Slot, connection_limit
 from qwenkit.serve.driver import Driver
+from qwenkit.serve.http_protocol import HttpProtocol, Timeouts
 
 log = logging.getLogger("qwenkit.serve")
-
-MAX_HEAD = 64 * 1024  # bytes of a request line and its headers
-READER_PATIENCE = 60.0  # seconds that a client may take nothing of what is written to it
-
-_HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-
-
-def bounded_protocol(head_timeout: float, max_connections: int) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol with a clock on the head of each request and on readers, and a limit on connections."""
-
-    class BoundedProtocol(HttpToolsProtocol):
-        _in_head = True
-        _head_bytes = 0
-        _head_timer: asyncio.TimerHandle | None = None
-        _reader_timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > max_connections:
-                transport.abort()
-                return
-            self._head_timer = self.loop.call_later(head_timeout, self._late)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_head_timer()
-            self._stop_reader_timer()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            if self._in_head and self._head_timer is None:
-                self._head_timer = self.loop.call_later(head_timeout, self._late)
-            super().data_received(data)
-            if self._in_head and not self.transport.is_closing():
-                self._head_bytes += len(data)
-                if self._head_bytes > MAX_HEAD:
-                    self.transport.write(_HEAD_TOO_LARGE)
-                    self.transport.close()
-
-        def on_headers_complete(self) -> None:
-            self._in_head, self._head_bytes = False, 0
-            self._stop_head_timer()
-            super().on_headers_complete()
-
-        def on_message_complete(self) -> None:
-            self._in_head = True
-            super().on_message_complete()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._reader_timer = self.loop.call_later(READER_PATIENCE, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            self._stop_reader_timer()
-            super().resume_writing()
-
-        def _late(self) -> None:
-            self._head_timer = None
-            busy = self.cycle is not None and not self.cycle.response_complete
-            if not busy and not self.transport.is_closing():
-                self.transport.close()
-
-        def _stop_head_timer(self) -> None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
-
-        def _stop_reader_timer(self) -> None:
-            if self._reader_timer is not None:
-                self._reader_timer.cancel()
-                self._reader_timer = None
-
-    return BoundedProtocol
 
 
 class Listener(uvicorn.Server):
@@ -107,7 +35,7 @@ class Listener(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=bounded_protocol(config.header_timeout, config.max_connections),
+                http=HttpProtocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -120,6 +48,11 @@ class Listener(uvicorn.Server):
             )
         )
         self.stopped_by: int | None = None
+        limit = connection_limit(config.max_connections)
+        if limit < config.max_connections:
+            log.warning("%d connections at most: the limit of open files (ulimit -n) has no room for more", limit)
+        self.connections = Connections(limit, min(config.max_connections_per_address or max(limit // 2, 1), limit))
+        self._timeouts = Timeouts(head=config.header_timeout, idle=config.keep_alive)
         self._driver = driver
         self._drain_timeout = config.drain_timeout
         self._on_ready = on_ready
@@ -128,9 +61,34 @@ class Listener(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
-        if self.started:
-            self._on_ready()
+        await super().startup(sockets=[])  # what uvicorn does but for listening
+        if not self.started:
+            return
+        acceptors = [
+            Acceptor(
+                sock,
+                self._protocol,
+                self.connections,
+                tls=self.config.ssl,
+                handshake_timeout=self._timeouts.head,
+                sweep=min(1.0, self._timeouts.head / 4, self._timeouts.idle / 4),
+            )
+            for sock in sockets or ()
+        ]
+        for acceptor in acceptors:
+            acceptor.start()
+        self.servers = acceptors  # type: ignore[assignment]
+        self._on_ready()
+
+    def _protocol(self, slot: Slot) -> HttpProtocol:
+        return HttpProtocol(
+            self.config,
+            self.server_state,
+            self.lifespan.state,
+            slot=slot,
+            connections=self.connections,
+            timeouts=self._timeouts,
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.stopped_by is not None or self._loop is None:

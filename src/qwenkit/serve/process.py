@@ -22,7 +22,7 @@ from qwenkit.serve import logs
 from qwenkit.serve.app import create_app
 from qwenkit.serve.config import ServeConfig
 from qwenkit.serve.driver import Driver
-from qwenkit.serve.keys import Keys
+from qwenkit.serve.keys import ADMIN_VARIABLE, KEYS_VARIABLE, Keys
 from qwenkit.serve.limits import MinuteLimits
 from qwenkit.serve.listener import Listener, bind
 from qwenkit.serve.metrics import Metrics
@@ -54,6 +54,8 @@ def run(
     Raises ValueError or OSError for what cannot be served as asked.
     """
     keys = Keys.of(config, os.environ)
+    for name in (KEYS_VARIABLE, ADMIN_VARIABLE):
+        os.environ.pop(name, None)  # no worker process inherits them
     check_trust(config, keys)
     tracing = Tracing() if config.otlp_endpoint is None else OtlpTracing(config.otlp_endpoint)
     sock = bind(config.host, config.port)

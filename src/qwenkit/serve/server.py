@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
@@ -16,6 +17,7 @@ from fastapi import Request
 from qwenkit.serve.config import ServeConfig
 from qwenkit.serve.driver import Driver
 from qwenkit.serve.errors import ApiError
+from qwenkit.serve.executor import FairExecutor
 from qwenkit.serve.metrics import Metrics
 from qwenkit.text.chat import ChatFormat
 from qwenkit.text.tokenizer import Tokenizer
@@ -41,10 +43,22 @@ class Server:
     adapters: dict[str, str] = field(default_factory=dict)
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     started: int = field(default_factory=lambda: int(time.time()))
+    prompts: FairExecutor = field(default_factory=lambda: FairExecutor(2, "prompts"))
 
     @property
     def model_name(self) -> str:
         return self.model_names[0]
+
+    @property
+    def max_counted(self) -> int:
+        """Tokens up to which a text is tokenized at all: more than the context, so that errors can say how many there are."""
+        return 4 * self.max_model_len
+
+    @cached_property
+    def max_prompt_chars(self) -> int:
+        """Characters of a text that may fit the context: each of its tokens as long as the longest of the vocabulary."""
+        tokenizer = self.tokenizer
+        return self.max_model_len * max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.num_ids))
 
     def adapter_of(self, model: str | None) -> str | None:
         """The adapter that a request's `model` names, None for the model itself (also when it names none).

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qwenkit.text.template import GENERATION_END, GENERATION_START, ChatTemplate, Disguise
-from qwenkit.text.tokenizer import Tokenizer
+from qwenkit.text.tokenizer import Tokenizer, TokenLimitError
 
 ROLES = ("system", "user", "assistant", "tool")
 _MARKS = re.compile(f"({GENERATION_START}|{GENERATION_END})")
@@ -39,12 +39,14 @@ class ChatFormat(Protocol):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
         **variables: Any,
     ) -> Rendered:
         """Ids and mask of `messages`; with add_generation_prompt, up to where the assistant's next answer begins.
 
         variables: what else the model's format knows, such as Qwen3's enable_thinking. Raises ValueError, naming
-        the message and the field, for messages that are malformed or that the format has no place for.
+        the message and the field, for messages that are malformed or that the format has no place for, and
+        TokenLimitError for more than `max_tokens` tokens.
         """
         ...
 
@@ -77,6 +79,7 @@ class JinjaChat:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
         **variables: Any,
     ) -> Rendered:
         """See `ChatFormat.render`. With ChatML headers the mask comes from them, else from {% generation %} blocks.
@@ -98,12 +101,12 @@ class JinjaChat:
         except RecursionError:
             raise ValueError("messages or tools are nested too deeply") from None
         text = self._template.render(self._variables | given | {"add_generation_prompt": add_generation_prompt})
-        ids, generated = self._encode(text)
+        ids, generated = self._encode(text, max_tokens)
         if self._is_chatml:
             return Rendered(ids, chatml_mask(self._tokenizer, ids))
         return Rendered(ids, generated if self._template.marks_generation else None)
 
-    def _encode(self, text: str) -> tuple[list[int], list[bool]]:
+    def _encode(self, text: str, max_tokens: int | None) -> tuple[list[int], list[bool]]:
         """Ids of a rendered text, and which of them lie in {% generation %} blocks."""
         ids: list[int] = []
         mask: list[bool] = []
@@ -119,8 +122,10 @@ class JinjaChat:
                     generated = part == GENERATION_START
                 else:
                     parts.append((self._disguise.take_off(part), generated))
-            piece_ids = self._tokenizer.encode("".join(part for part, _ in parts))
+            piece_ids = self._tokenizer.encode("".join(part for part, _ in parts), max_tokens=max_tokens)
             ids += piece_ids
+            if max_tokens is not None and len(ids) > max_tokens:
+                raise TokenLimitError(max_tokens)
             mask += mask_of_parts(self._tokenizer, piece_ids, parts)
         return ids, mask
 

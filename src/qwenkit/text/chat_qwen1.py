@@ -39,6 +39,7 @@ class Qwen1Chat:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
         **variables: Any,
     ) -> Rendered:
         """See `ChatFormat.render`.
@@ -48,6 +49,7 @@ class Qwen1Chat:
         alone is longer raises ValueError. Without one (training) nothing is left out, the assistant may have the last
         word, and the text ends with a newline. If the last message is a tool's result, query and unfinished answer stay
         together and the prompt ends in "Thought:". Tools that stood in a turn left out are told with the query.
+        `max_tokens` holds for each turn: those left out count nothing together.
         """
         checked = checked_messages(messages)
         system = checked.pop(0)["content"] if checked[0]["role"] == "system" else DEFAULT_SYSTEM
@@ -61,11 +63,11 @@ class Qwen1Chat:
             )
         else:
             turns = _plain_turns(checked, offset)
-        first = self._turn("system", [(system, False)])
+        first = self._turn("system", [(system, False)], max_tokens)
         continuing = add_generation_prompt and bool(checked) and checked[-1]["role"] == "tool"
         if continuing:
             turns[-1][1].append((f"\n{react.THOUGHT}", False))
-        blocks = [[*self._newline, *self._turn(role, parts)] for role, parts in turns]
+        blocks = [[*self._newline, *self._turn(role, parts, max_tokens)] for role, parts in turns]
         if continuing:
             del blocks[-1][-1]  # the end token: the assistant's turn goes on
         if not add_generation_prompt:
@@ -75,7 +77,7 @@ class Qwen1Chat:
         history, query = (blocks[:-2], blocks[-2] + blocks[-1]) if continuing else (blocks[:-1], blocks[-1])
         window = self._window(len(first), history)
         if tools and history and not window and not continuing:
-            query = [*self._newline, *self._turn(*react.asked(turns[-1], tools))]
+            query = [*self._newline, *self._turn(*react.asked(turns[-1], tools), max_tokens)]
         query_length = len(query) - len(self._newline)
         if query_length > self._max_window_size:
             raise ValueError(
@@ -89,9 +91,9 @@ class Qwen1Chat:
     def _prompt(self, text: str) -> _Marked:
         return [(id, False) for id in self._tokenizer.encode(text)]
 
-    def _turn(self, role: str, parts: react.Parts) -> _Marked:
+    def _turn(self, role: str, parts: react.Parts, max_tokens: int | None) -> _Marked:
         """A whole turn. The assistant produced the parts marked so, and the end token of its turn."""
-        ids = self._tokenizer.encode("".join(text for text, _ in parts))
+        ids = self._tokenizer.encode("".join(text for text, _ in parts), max_tokens=max_tokens)
         said = zip(ids, mask_of_parts(self._tokenizer, ids, parts), strict=True)
         header = [(self._start, False), *self._prompt(role), *self._newline]
         return [*header, *said, (self._end, role == "assistant")]

@@ -18,6 +18,14 @@ from qwenkit.text.encoder import Encoder
 from qwenkit.text.vocabulary import Vocabulary
 
 
+class TokenLimitError(ValueError):
+    """A text has more tokens than the caller wants; it was not tokenized to its end."""
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__(f"the text is longer than {max_tokens} tokens")
+        self.max_tokens = max_tokens
+
+
 class Tokenizer:
     """Text <-> token ids; made by `from_folder` or `from_bpe`, and safe to use from several threads."""
 
@@ -92,14 +100,14 @@ class Tokenizer:
         Added tokens that are not control tokens (<think>, <tool_call>) become their ids either way. Half a surrogate
         pair becomes U+FFFD. Bytes for which a vocabulary has no token (SmolLM2 lacks some) vanish, as they did when
         the model was trained. Long text is encoded in chunks, between which other threads run.
-        Raises ValueError for more than `max_tokens` ids, as soon as there are more, and for text with half a million
+        Raises TokenLimitError for more than `max_tokens` ids, as soon as there are more, and ValueError for text with half a million
         characters of one kind in a row.
         """
         ids: list[int] = []
         for more in self._encode(text, allow_special):
             ids += more
             if max_tokens is not None and len(ids) > max_tokens:
-                raise ValueError(f"text is more than {max_tokens} tokens long, allowed are at most {max_tokens}")
+                raise TokenLimitError(max_tokens)
         return ids
 
     def encode_ordinary(self, text: str) -> list[int]:

@@ -19,11 +19,12 @@ from qwenkit.serve.api.prepare import Prepared, events, prepare
 from qwenkit.serve.api.protocol import ChatRequest
 from qwenkit.serve.api.reply import Frame, Usage, chat_logprob, prompt_logprobs, visible_logprobs
 from qwenkit.serve.api.stream import DONE, EventStream
+from qwenkit.serve.body import JsonRoute
 from qwenkit.serve.server import Server, the_server
 from qwenkit.text.answer import AnswerEvent
 from qwenkit.text.tokenizer import Tokenizer
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 Step = tuple[int, list[AnswerEvent], Delta]
 
@@ -33,7 +34,7 @@ async def chat_completions(
     body: ChatRequest, http: Request, server: Annotated[Server, Depends(the_server)]
 ) -> Response:
     """Answer a conversation; streamed as server-sent events with `stream: true`."""
-    prepared = await prepare(server, body, http)
+    prepared = await prepare(server, lambda: body, http)
     frame = Frame("chat.completion.chunk" if body.stream else "chat.completion", "chatcmpl", prepared.model, body)
     think_end_id = None if server.answer_format is None else server.answer_format.think_end_id
     usage = Usage(len(prepared.prompt_ids), think_end_id)

@@ -20,24 +20,24 @@ from starlette.responses import Response
 from qwenkit.engine.request import Delta, TokenLogprob
 from qwenkit.serve.api.prepare import (
     Prepared,
-    answer_room,
     check_grammar,
     check_limits,
     events,
     limit,
     namespace_of,
-    off_loop,
     sampling,
 )
+from qwenkit.serve.api.prompt import answer_room, encode, off_loop
 from qwenkit.serve.api.protocol import CompletionRequest
 from qwenkit.serve.api.reply import Frame, Usage, finite, prompt_logprobs, visible_logprobs, well_formed
 from qwenkit.serve.api.stream import DONE, EventStream
 from qwenkit.serve.api.structured import grammar_of
+from qwenkit.serve.body import JsonRoute
 from qwenkit.serve.errors import ApiError
 from qwenkit.serve.server import Server, the_server
 from qwenkit.text.tokenizer import Tokenizer
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -49,14 +49,14 @@ async def completions(
     body: CompletionRequest, http: Request, server: Annotated[Server, Depends(the_server)]
 ) -> Response:
     """Continue a text; streamed as server-sent events with `stream: true`."""
-    prepared = await off_loop(http, prepare_completion, server, body)
+    prepared, texts = await off_loop(server, http, lambda: _prepared(server, body))
     await check_grammar(server, prepared[0])
     frame = Frame("text_completion", "cmpl", prepared[0].model, body)
     usage = Usage(sum(len(one.prompt_ids) for one in prepared))
     num_answers = prepared[0].params.n
     choices = [
         Choice(place * num_answers + index, server.tokenizer, one, body, text)
-        for place, (one, text) in enumerate(zip(prepared, _texts(server.tokenizer, body, prepared), strict=True))
+        for place, (one, text) in enumerate(zip(prepared, texts, strict=True))
         for index in range(num_answers)
     ]
     steps = _steps(server, prepared, http)
@@ -104,6 +104,12 @@ def _count(usage: Usage, delta: Delta, body: CompletionRequest) -> None:
     usage.count(delta.index, (), replace(delta, token_ids=()) if body.max_tokens == 0 else delta)
 
 
+def _prepared(server: Server, body: CompletionRequest) -> tuple[list[Prepared], list[str]]:
+    """The prompts, and what `echo` puts before the answers to each."""
+    prepared = prepare_completion(server, body)
+    return prepared, _texts(server.tokenizer, body, prepared)
+
+
 def prepare_completion(server: Server, body: CompletionRequest) -> list[Prepared]:
     """One Prepared for each prompt, all with the same params but max_tokens. Raises ApiError."""
     adapter = server.adapter_of(body.model)
@@ -120,9 +126,7 @@ def prepare_completion(server: Server, body: CompletionRequest) -> list[Prepared
         )
     if body.stream and body.prompt_logprobs is not None:
         raise ApiError(400, "prompt_logprobs cannot be streamed, ask with stream: false", param="prompt_logprobs")
-    prompts = _prompts(server.tokenizer, body)
-    if len(prompts) > server.config.max_prompts:
-        raise limit("prompt", len(prompts), server.config.max_prompts)
+    prompts = _prompts(server, body)
     asked = grammar_of(body)
     known = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
@@ -149,11 +153,13 @@ def prepare_completion(server: Server, body: CompletionRequest) -> list[Prepared
     return prepared
 
 
-def _prompts(tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
+def _prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
     prompt: Any = body.prompt
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]
-    return [tokenizer.encode(one, allow_special=True) if isinstance(one, str) else one for one in prompt]
+    if len(prompt) > server.config.max_prompts:
+        raise limit("prompt", len(prompt), server.config.max_prompts)
+    return [encode(server, one, "prompt") if isinstance(one, str) else one for one in prompt]
 
 
 def _texts(tokenizer: Tokenizer, body: CompletionRequest, prepared: Sequence[Prepared]) -> list[str]:

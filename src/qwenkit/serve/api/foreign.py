@@ -120,13 +120,15 @@ def named_event(event: Mapping[str, Any]) -> bytes:
 def as_json(value: Any) -> bytes:
     """`value` as JSON, also with what orjson has no words for: whole numbers of more than 64 bits, half a surrogate pair.
 
-    Raises ApiError 400 for what is nested so deeply that Python cannot write it.
+    The latter becomes U+FFFD: requests that hold one are refused, and what the server gives out it takes back. Raises ApiError
+    400 for what is nested so deeply that Python cannot write it.
     """
     try:
         try:
             return orjson.dumps(value)
         except TypeError:
             plain = json.loads(json.dumps(value), parse_constant=lambda name: None)  # NaN is null, as it is to orjson
-            return json.dumps(plain).encode()
+            text = json.dumps(plain, ensure_ascii=False)
+            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
     except RecursionError:
         raise ApiError(400, "the request is nested too deeply", code="invalid_value") from None

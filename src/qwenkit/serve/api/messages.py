@@ -10,15 +10,17 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from qwenkit.serve.api.conversation import plain_messages, tool_use
+from qwenkit.serve.api.conversation import plain_messages
 from qwenkit.serve.api.foreign import chat_request, in_words_of, json_response, respond
 from qwenkit.serve.api.messages_events import PATH, MessageWriter
 from qwenkit.serve.api.messages_protocol import CountTokensRequest, MessagesRequest, chat_fields
-from qwenkit.serve.api.prepare import off_loop, prepare, render, template_variables
+from qwenkit.serve.api.prepare import prepare, tools_of
+from qwenkit.serve.api.prompt import off_loop, render, template_variables
 from qwenkit.serve.api.protocol import ChatRequest
+from qwenkit.serve.body import JsonRoute
 from qwenkit.serve.server import Server, the_server
 
-router = APIRouter(tags=["Anthropic"])
+router = APIRouter(tags=["Anthropic"], route_class=JsonRoute)
 _NAMES = {"response_format": "output_config.format", "stop": "stop_sequences"}
 
 
@@ -27,9 +29,8 @@ async def create_message(
     body: MessagesRequest, http: Request, server: Annotated[Server, Depends(the_server)]
 ) -> Response:
     """Answer a conversation. A max_tokens beyond the context's room is cut to it, as clients ask for more than they need."""
-    request = chat_request(chat_fields, body)
     with in_words_of(_NAMES):
-        prepared = await prepare(server, request, http, clip=True)
+        prepared = await prepare(server, lambda: chat_request(chat_fields, body), http, clip=True)
     writer = MessageWriter(prepared.model, body.stop_sequences or ())
     return await respond(server, prepared, http, writer, stream=body.stream)
 
@@ -38,19 +39,18 @@ async def create_message(
 async def count_tokens(
     body: CountTokensRequest, http: Request, server: Annotated[Server, Depends(the_server)]
 ) -> Response:
-    """How many tokens the prompt of such a message has, also one that is too long to be answered."""
-    request = chat_request(chat_fields, body)
-    server.adapter_of(request.model)
+    """How many tokens the prompt of such a message has, also one that is a little too long to be answered."""
     with in_words_of(_NAMES):
-        ids = await off_loop(http, _prompt_ids, server, request)
+        ids = await off_loop(server, http, lambda: _prompt_ids(server, chat_request(chat_fields, body)))
     return json_response({"input_tokens": len(ids)})
 
 
 def _prompt_ids(server: Server, request: ChatRequest) -> list[int]:
+    server.adapter_of(request.model)
     return render(
         server,
         plain_messages(request.messages),
-        tools=tool_use(request).tools,
+        tools=tools_of(server, request).tools,
         variables=template_variables(request),
         continue_final_message=request.continue_final_message,
     )

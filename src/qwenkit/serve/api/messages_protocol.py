@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from qwenkit.serve.api.foreign import without_nulls
-from qwenkit.serve.api.protocol import INT32, MAX_LIST, JsonObject, Label, Name, Strict, Text
+from qwenkit.serve.api.protocol import INT32, MAX_LIST, JsonObject, Label, Name, Text
+from qwenkit.serve.body import RequestModel
 
 CallId = Annotated[str, Field(min_length=1, max_length=512)]
 _TEXT_ONLY = {
@@ -23,21 +24,21 @@ _TEXT_ONLY = {
 }
 
 
-class CacheControl(Strict):
+class CacheControl(RequestModel):
     """Accepted and without effect: prefixes are always cached."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
 
 
-class TextBlock(Strict):
+class TextBlock(RequestModel):
     type: Literal["text"]
     text: Text
     cache_control: CacheControl | None = None
-    citations: Annotated[list[JsonObject], Field(max_length=0)] | None = None
+    citations: Annotated[list[JsonObject], Field(max_length=0, fail_fast=True)] | None = None
 
 
-class ThinkingBlock(Strict):
+class ThinkingBlock(RequestModel):
     """`signature` is not checked: this server gives out empty ones."""
 
     type: Literal["thinking"]
@@ -45,14 +46,14 @@ class ThinkingBlock(Strict):
     signature: Text = ""
 
 
-class RedactedThinkingBlock(Strict):
+class RedactedThinkingBlock(RequestModel):
     """Thinking that only the service that wrote it can read; it is left out of the prompt."""
 
     type: Literal["redacted_thinking"]
     data: Text
 
 
-class ToolUseBlock(Strict):
+class ToolUseBlock(RequestModel):
     type: Literal["tool_use"]
     id: CallId
     name: Name
@@ -77,11 +78,13 @@ def _readable(block: Any) -> Any:
 
 _Text = Annotated[TextBlock, BeforeValidator(_readable, json_schema_input_type=TextBlock)]
 Texts = Annotated[
-    list[_Text], Field(max_length=MAX_LIST), BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])
+    list[_Text],
+    Field(max_length=MAX_LIST, fail_fast=True),
+    BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock]),
 ]
 
 
-class ToolResultBlock(Strict):
+class ToolResultBlock(RequestModel):
     type: Literal["tool_result"]
     tool_use_id: CallId
     content: Texts = Field(default_factory=list)
@@ -94,16 +97,18 @@ _AnyBlock = Annotated[
 ]
 Block = Annotated[_AnyBlock, BeforeValidator(_readable, json_schema_input_type=_AnyBlock)]
 Blocks = Annotated[
-    list[Block], Field(max_length=MAX_LIST), BeforeValidator(_as_blocks, json_schema_input_type=str | list[_AnyBlock])
+    list[Block],
+    Field(max_length=MAX_LIST, fail_fast=True),
+    BeforeValidator(_as_blocks, json_schema_input_type=str | list[_AnyBlock]),
 ]
 
 
-class Message(Strict):
+class Message(RequestModel):
     role: Literal["user", "assistant", "system"]
     content: Blocks
 
 
-class Tool(Strict):
+class Tool(RequestModel):
     """A function that the caller runs; tools that Anthropic's own servers run are refused."""
 
     type: Literal["custom"] | None = None
@@ -129,7 +134,7 @@ def _own_tool(tool: Any) -> Any:
 _Tool = Annotated[Tool, BeforeValidator(_own_tool, json_schema_input_type=Tool)]
 
 
-class ToolChoice(Strict):
+class ToolChoice(RequestModel):
     """auto: the model decides; any: at least one call; tool: this one; none: no call."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -137,7 +142,7 @@ class ToolChoice(Strict):
     disable_parallel_tool_use: bool = False
 
 
-class Thinking(Strict):
+class Thinking(RequestModel):
     """`budget_tokens` is accepted and is no limit: max_tokens covers thinking and answer together."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -145,29 +150,29 @@ class Thinking(Strict):
     display: Literal["summarized", "omitted"] | None = None
 
 
-class OutputFormat(Strict):
+class OutputFormat(RequestModel):
     type: Literal["json_schema"]
     schema_: JsonObject = Field(alias="schema")
 
 
-class OutputConfig(Strict):
+class OutputConfig(RequestModel):
     """`effort` is accepted and without effect: the models know only thinking or not thinking."""
 
     format: OutputFormat | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
-class Metadata(Strict):
+class Metadata(RequestModel):
     user_id: Label | None = None
 
 
-class CountTokensRequest(Strict):
+class CountTokensRequest(RequestModel):
     """What decides the length of a prompt."""
 
     model: Label
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
     system: Texts | None = None
-    tools: Annotated[list[_Tool], Field(max_length=MAX_LIST)] | None = None
+    tools: Annotated[list[_Tool], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -178,7 +183,7 @@ class MessagesRequest(CountTokensRequest):
     """POST /v1/messages."""
 
     max_tokens: int = Field(ge=1, le=INT32)
-    stop_sequences: Annotated[list[Label], Field(max_length=MAX_LIST)] | None = None
+    stop_sequences: Annotated[list[Label], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     stream: bool = False
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)

@@ -20,14 +20,13 @@ from qwenkit.engine.grammar import Grammar
 from qwenkit.engine.request import Delta
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.serve.api.conversation import ToolUse, plain_messages, tool_use
-from qwenkit.serve.api.protocol import ChatRequest, GenerationRequest, TemplateArguments
+from qwenkit.serve.api.prompt import answer_room, off_loop, render, template_variables
+from qwenkit.serve.api.protocol import ChatRequest, GenerationRequest
 from qwenkit.serve.api.structured import among, bad_grammar, check_compiles, checked, grammar_of
 from qwenkit.serve.caller import caller
-from qwenkit.serve.errors import ApiError, context_too_long
+from qwenkit.serve.errors import ApiError, client_gone
 from qwenkit.serve.server import Server
 from qwenkit.text.answer import AnswerEvent, AnswerParser
-
-LONG_BODY = 16_384  # bytes of a request from which on rendering and tokenizing leave the event loop to others
 
 
 @dataclass(frozen=True)
@@ -44,22 +43,16 @@ class Prepared:
     grammar_field: str = ""  # where the request says what shape the answer must have
 
 
-async def prepare(server: Server, request: ChatRequest, http: Request, *, clip: bool = False) -> Prepared:
-    """`prepare_chat` and the check of a grammar, off the event loop where they take long.
+async def prepare(
+    server: Server, make_request: Callable[[], ChatRequest], http: Request, *, clip: bool = False
+) -> Prepared:
+    """`prepare_chat` of the request that `make_request` gives, and the check of its grammar, off the event loop if long.
 
     Raises ApiError. `clip`: a max_tokens that the context has no room for is cut instead of refused.
     """
-    prepared = await off_loop(http, prepare_chat, server, request, clip=clip)
+    prepared = await off_loop(server, http, lambda: prepare_chat(server, make_request(), clip=clip))
     await check_grammar(server, prepared)
     return prepared
-
-
-async def off_loop(http: Request, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The function's result, computed in a thread when the request is long or does not say how long it is."""
-    length = http.headers.get("content-length", "")
-    if length.isdigit() and int(length) <= LONG_BODY:
-        return function(*args, **kwargs)
-    return await asyncio.to_thread(function, *args, **kwargs)
 
 
 async def check_grammar(server: Server, prepared: Prepared) -> None:
@@ -82,9 +75,7 @@ def prepare_chat(server: Server, request: ChatRequest, *, clip: bool = False) ->
     """
     adapter = server.adapter_of(request.model)
     check_limits(server, request)
-    tools = tool_use(request)
-    if len(request.tools or request.functions or ()) > server.config.max_tools:
-        raise limit("tools", len(request.tools or request.functions or ()), server.config.max_tools)
+    tools = tools_of(server, request)
     if request.stream and request.prompt_logprobs is not None:
         raise ApiError(400, "prompt_logprobs cannot be streamed, ask with stream: false", param="prompt_logprobs")
     prompt_ids = render(
@@ -114,6 +105,18 @@ def prepare_chat(server: Server, request: ChatRequest, *, clip: bool = False) ->
     return Prepared(
         prompt_ids, params, parser, adapter, adapter or server.model_name, tools, namespace_of(request), where
     )
+
+
+def tools_of(server: Server, request: ChatRequest) -> ToolUse:
+    """`tool_use` within the server's limit. Raises ApiError."""
+    count_tools(server, request.tools or request.functions or ())
+    return tool_use(request)
+
+
+def count_tools(server: Server, tools: Sequence[Any]) -> None:
+    """Raises ApiError for more tools than the server allows."""
+    if len(tools) > server.config.max_tools:
+        raise limit("tools", len(tools), server.config.max_tools)
 
 
 def constraint(
@@ -149,62 +152,6 @@ def constraint(
         either = partial(calls, parallel=tools.parallel) if tools.tools else str
         grammar = checked(field, lambda: among(inner, server.tokenizer, may_think=may_think, calls=either()))
     return grammar, after, field
-
-
-def template_variables(request: ChatRequest) -> dict[str, Any]:
-    """What the request tells the chat template. chat_template_kwargs counts more than enable_thinking, that more than effort."""
-    variables: dict[str, Any] = {}
-    if request.reasoning_effort is not None:
-        variables["enable_thinking"] = request.reasoning_effort != "none"
-    if request.enable_thinking is not None:
-        variables["enable_thinking"] = request.enable_thinking
-    return variables | template_arguments(request.chat_template_kwargs)
-
-
-def template_arguments(given: TemplateArguments | None) -> dict[str, Any]:
-    return {} if given is None else given.model_dump(exclude_none=True)
-
-
-def render(
-    server: Server,
-    messages: Sequence[dict[str, Any]],
-    *,
-    tools: Sequence[dict[str, Any]],
-    variables: dict[str, Any],
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-) -> list[int]:
-    """Ids of a conversation; to continue its last message they end where that message's text ends. Raises ApiError."""
-    if server.chat_format is None:
-        raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
-    try:
-        rendered = server.chat_format.render(
-            messages,
-            tools=list(tools) or None,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
-            **variables,
-        )
-    except ValueError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
-    if not continue_final_message:
-        return rendered.ids
-    mask = rendered.mask or []
-    last = max((index for index, said in enumerate(mask) if said), default=None)
-    if last is None:
-        raise ApiError(
-            400, "continue_final_message: the chat template does not show where the message ends", param="messages"
-        )
-    return rendered.ids[:last]  # without the token that ends the turn
-
-
-def answer_room(
-    server: Server, prompt_ids: Sequence[int], wanted: int | None, param: str, *, clip: bool = False
-) -> int:
-    """How many tokens the answer may have. Raises ApiError context_length_exceeded where prompt and answer do not fit."""
-    room = server.max_model_len - len(prompt_ids)
-    if room < 1 or (wanted is not None and wanted > room and not clip):
-        raise context_too_long(len(prompt_ids), wanted or 0, server.max_model_len, param)
-    return min(wanted or room, room)
 
 
 def check_limits(server: Server, request: GenerationRequest) -> None:
@@ -365,8 +312,3 @@ class Client:
 
     def close(self) -> None:
         self._listener.cancel()
-
-
-def client_gone() -> ApiError:
-    """Nobody reads this one; it ends the route, and logs show it."""
-    return ApiError(499, "the client closed the connection", code="client_closed_request")

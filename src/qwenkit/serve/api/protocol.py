@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from qwenkit.serve.body import RequestModel, at_most
 
 INT64 = 2**63 - 1
 INT32 = 2**31 - 1
@@ -18,39 +20,36 @@ Text = Annotated[str, Field(max_length=100_000_000)]  # the body limit is what b
 Name = Annotated[str, Field(pattern=r"^[\w.\-]{1,128}$")]
 Label = Annotated[str, Field(max_length=512)]
 JsonObject = dict[str, Any]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16), BeforeValidator(at_most(16))
+]
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 
 
-class Strict(BaseModel):
-    """Unknown fields are refused, and no value is turned into another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), frozen=True)
-
-
-class StreamOptions(Strict):
+class StreamOptions(RequestModel):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
-class StructuredOutputs(Strict):
+class StructuredOutputs(RequestModel):
     """vLLM's `structured_outputs`: exactly one of them."""
 
     json_: JsonObject | Text | bool | None = Field(default=None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)] | None = None
     grammar: Text | None = None
     json_object: Literal[True] | None = None
 
 
-class JsonSchemaFormat(Strict):
+class JsonSchemaFormat(RequestModel):
     name: Label = "answer"
     description: Text | None = None
     schema_: JsonObject | bool | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(RequestModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
@@ -63,7 +62,7 @@ class ResponseFormat(Strict):
         return self
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(RequestModel):
     """What chat and completions have in common."""
 
     model: Label | None = None
@@ -82,14 +81,15 @@ class GenerationRequest(Strict):
                 Annotated[float, Field(ge=-100, le=100)],
             ],
             Field(max_length=1024),
+            BeforeValidator(at_most(1024)),
         ]
         | None
     ) = None
     seed: int | None = Field(default=None, ge=-INT64, le=INT64)
     n: int | None = Field(default=None, ge=1, le=128)
     # ending
-    stop: Label | Annotated[list[Label], Field(max_length=MAX_LIST)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LIST)] | None = None
+    stop: Label | Annotated[list[Label], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=INT32)
     min_tokens: int | None = Field(default=None, ge=0, le=INT32)
     ignore_eos: bool | None = None
@@ -103,7 +103,7 @@ class GenerationRequest(Strict):
     response_format: ResponseFormat | None = None
     guided_json: JsonObject | Text | None = None
     guided_regex: Text | None = None
-    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST)] | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)] | None = None
     guided_grammar: Text | None = None
     structured_outputs: StructuredOutputs | None = None
     # how it is treated
@@ -137,68 +137,68 @@ class Part(BaseModel):
     refusal: Text | None = None
 
 
-class CalledFunction(Strict):
+class CalledFunction(RequestModel):
     name: Name
     arguments: Text | JsonObject = ""
 
 
-class ToolCall(Strict):
+class ToolCall(RequestModel):
     id: Label | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = Field(default=None, ge=0, le=MAX_LIST)  # streamed deltas sent back as they came
 
 
-class Message(Strict):
+class Message(RequestModel):
     """One message of a conversation, in any role. Fields of answers are taken back as they were given out."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Text | Annotated[list[Part], Field(max_length=MAX_LIST)] | None = None
+    content: Text | Annotated[list[Part], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     name: Label | None = None
     tool_call_id: Label | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_LIST)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     function_call: CalledFunction | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     refusal: Text | None = None
     audio: None = None
-    annotations: Annotated[list[JsonObject], Field(max_length=MAX_LIST)] | None = None
+    annotations: Annotated[list[JsonObject], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     id: Label | None = None  # Qwen-Agent's, which calls a tool's tool_call_id so, and keeps notes of its own beside it
     extra: JsonObject | None = None
 
 
-class Function(Strict):
+class Function(RequestModel):
     name: Name
     description: Text | None = None
     parameters: JsonObject | None = None
     strict: bool | None = None
 
 
-class Tool(Strict):
+class Tool(RequestModel):
     type: Literal["function"] = "function"
     function: Function
 
 
-class NamedFunction(Strict):
+class NamedFunction(RequestModel):
     name: Name
 
 
-class NamedTool(Strict):
+class NamedTool(RequestModel):
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
-class AllowedToolSet(Strict):
+class AllowedToolSet(RequestModel):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_LIST)]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
 
 
-class AllowedTools(Strict):
+class AllowedTools(RequestModel):
     type: Literal["allowed_tools"]
     allowed_tools: AllowedToolSet
 
 
-class TemplateArguments(Strict):
+class TemplateArguments(RequestModel):
     """What a request may tell a chat template: never the template itself."""
 
     enable_thinking: bool | None = None
@@ -211,14 +211,14 @@ class ChatRequest(GenerationRequest):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello!"}]}]})
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1, le=INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=100)
-    tools: Annotated[list[Tool], Field(max_length=MAX_LIST)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[list[Function], Field(min_length=1, max_length=MAX_LIST)] | None = None
+    functions: Annotated[list[Function], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)] | None = None
     function_call: Literal["none", "auto"] | NamedFunction | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     enable_thinking: bool | None = None
@@ -226,9 +226,9 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     # sent by clients, of no effect here
-    metadata: Annotated[dict[str, Label], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, Label], Field(max_length=16), BeforeValidator(at_most(16))] | None = None
     store: Literal[False] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     service_tier: Label | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
@@ -266,9 +266,12 @@ class CompletionRequest(GenerationRequest):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST)]
-        | Annotated[list[TokenId], Field(min_length=1, max_length=INT32)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_LIST)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
+        | Annotated[list[TokenId], Field(min_length=1, max_length=INT32, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, max_length=MAX_LIST, fail_fast=True),
+        ]
     )
     max_tokens: int | None = Field(default=None, ge=0, le=INT32)
     echo: bool | None = None
@@ -277,13 +280,13 @@ class CompletionRequest(GenerationRequest):
     best_of: int | None = Field(default=None, ge=1, le=128)
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(RequestModel):
     """POST /tokenize: a text or a conversation."""
 
     model: Label | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_LIST)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: TemplateArguments | None = None
@@ -297,8 +300,8 @@ class TokenizeRequest(Strict):
         return self
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(RequestModel):
     """POST /detokenize."""
 
     model: Label | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=4_000_000)]
+    tokens: Annotated[list[TokenId], Field(max_length=4_000_000, fail_fast=True)]

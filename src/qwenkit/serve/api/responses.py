@@ -14,9 +14,10 @@ from qwenkit.serve.api.foreign import chat_request, in_words_of, named_event, re
 from qwenkit.serve.api.prepare import prepare
 from qwenkit.serve.api.responses_events import ResponseWriter
 from qwenkit.serve.api.responses_protocol import ResponsesRequest, chat_fields
+from qwenkit.serve.body import JsonRoute
 from qwenkit.serve.server import Server, the_server
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 _NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
 
 
@@ -26,7 +27,7 @@ async def create_response(
 ) -> Response:
     """Answer a conversation."""
     with in_words_of(_NAMES):
-        prepared = await prepare(server, chat_request(chat_fields, body), http)
+        prepared = await prepare(server, lambda: chat_request(chat_fields, body), http)
     params = prepared.params.with_defaults(server.driver.engine.defaults)
     writer = ResponseWriter(body, prepared.model, params)
     named_event({"type": "", "response": [writer.whole()]})  # what it repeats of the request can be written

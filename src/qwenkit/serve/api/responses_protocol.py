@@ -11,7 +11,18 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from qwenkit.serve.api.foreign import without_nulls
-from qwenkit.serve.api.protocol import INT32, INT64, MAX_LIST, JsonObject, Label, Name, Strict, TemplateArguments, Text
+from qwenkit.serve.api.protocol import (
+    INT32,
+    INT64,
+    MAX_LIST,
+    JsonObject,
+    Label,
+    Metadata,
+    Name,
+    TemplateArguments,
+    Text,
+)
+from qwenkit.serve.body import RequestModel
 
 Status = Literal["in_progress", "completed", "incomplete"]
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
@@ -32,21 +43,21 @@ def _readable(part: Any) -> Any:
     return without_nulls(part)
 
 
-class InputText(Strict):
+class InputText(RequestModel):
     type: Literal["input_text"]
     text: Text
 
 
-class OutputText(Strict):
+class OutputText(RequestModel):
     """A part of an answer of this API, given back as it was."""
 
     type: Literal["output_text"]
     text: Text
-    annotations: Annotated[list[JsonObject], Field(max_length=MAX_LIST)] | None = None
-    logprobs: list[JsonObject] | None = None
+    annotations: Annotated[list[JsonObject], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
+    logprobs: Annotated[list[JsonObject], Field(fail_fast=True)] | None = None
 
 
-class Refusal(Strict):
+class Refusal(RequestModel):
     type: Literal["refusal"]
     refusal: Text
 
@@ -60,11 +71,13 @@ def _as_parts(content: Any) -> Any:
 
 
 Parts = Annotated[
-    list[Part], Field(max_length=MAX_LIST), BeforeValidator(_as_parts, json_schema_input_type=str | list[_AnyPart])
+    list[Part],
+    Field(max_length=MAX_LIST, fail_fast=True),
+    BeforeValidator(_as_parts, json_schema_input_type=str | list[_AnyPart]),
 ]
 
 
-class MessageItem(Strict):
+class MessageItem(RequestModel):
     type: Literal["message"] = "message"
     role: Literal["user", "system", "developer", "assistant"]
     content: Parts
@@ -73,7 +86,7 @@ class MessageItem(Strict):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class FunctionCall(Strict):
+class FunctionCall(RequestModel):
     type: Literal["function_call"]
     call_id: Annotated[str, Field(min_length=1, max_length=512)]
     name: Name
@@ -82,7 +95,7 @@ class FunctionCall(Strict):
     status: Status | None = None
 
 
-class FunctionCallOutput(Strict):
+class FunctionCallOutput(RequestModel):
     type: Literal["function_call_output"]
     call_id: Annotated[str, Field(min_length=1, max_length=512)]
     output: Parts
@@ -90,21 +103,21 @@ class FunctionCallOutput(Strict):
     status: Status | None = None
 
 
-class SummaryText(Strict):
+class SummaryText(RequestModel):
     type: Literal["summary_text"]
     text: Text
 
 
-class ReasoningText(Strict):
+class ReasoningText(RequestModel):
     type: Literal["reasoning_text"]
     text: Text
 
 
-class ReasoningItem(Strict):
+class ReasoningItem(RequestModel):
     type: Literal["reasoning"]
     id: Label | None = None
-    summary: Annotated[list[SummaryText], Field(max_length=MAX_LIST)] = Field(default_factory=list)
-    content: Annotated[list[ReasoningText], Field(max_length=MAX_LIST)] | None = None
+    summary: Annotated[list[SummaryText], Field(max_length=MAX_LIST, fail_fast=True)] = Field(default_factory=list)
+    content: Annotated[list[ReasoningText], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     encrypted_content: Text | None = None
     status: Status | None = None
 
@@ -133,12 +146,12 @@ def _as_items(given: Any) -> Any:
 
 Items = Annotated[
     list[Item],
-    Field(min_length=1, max_length=MAX_LIST),
+    Field(min_length=1, max_length=MAX_LIST, fail_fast=True),
     BeforeValidator(_as_items, json_schema_input_type=str | list[_AnyItem]),
 ]
 
 
-class FunctionTool(Strict):
+class FunctionTool(RequestModel):
     type: Literal["function"]
     name: Name
     description: Text | None = None
@@ -158,18 +171,18 @@ def _own_tool(tool: Any) -> Any:
 _Tool = Annotated[FunctionTool, BeforeValidator(_own_tool, json_schema_input_type=FunctionTool)]
 
 
-class NamedFunction(Strict):
+class NamedFunction(RequestModel):
     type: Literal["function"]
     name: Name
 
 
-class AllowedTools(Strict):
+class AllowedTools(RequestModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_LIST)]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
 
 
-class TextFormat(Strict):
+class TextFormat(RequestModel):
     type: Literal["text", "json_object", "json_schema"]
     name: Label | None = None
     schema_: JsonObject | None = Field(default=None, alias="schema")
@@ -177,12 +190,12 @@ class TextFormat(Strict):
     strict: bool | None = None
 
 
-class TextConfig(Strict):
+class TextConfig(RequestModel):
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class Reasoning(Strict):
+class Reasoning(RequestModel):
     """`summary` is accepted: the reasoning is given out whole instead of summed up."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
@@ -190,7 +203,7 @@ class Reasoning(Strict):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class StreamOptions(Strict):
+class StreamOptions(RequestModel):
     include_obfuscation: bool | None = None
 
 
@@ -210,13 +223,13 @@ Stateful = Annotated[None, BeforeValidator(_absent)]
 StatefulFlag = Annotated[Literal[False] | None, BeforeValidator(_absent)]
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(RequestModel):
     """POST /v1/responses."""
 
     model: Label | None = None
     input: Items
     instructions: Text | None = None
-    tools: Annotated[list[_Tool], Field(max_length=MAX_LIST)] | None = None
+    tools: Annotated[list[_Tool], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = Field(default=None, ge=1, le=INT32)  # of tools that the server runs: there are none
@@ -229,8 +242,10 @@ class ResponsesRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     truncation: Literal["disabled"] | None = None
-    include: Annotated[list[Literal["reasoning.encrypted_content"]], Field(max_length=MAX_LIST)] | None = None
-    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)] | None = None
+    include: (
+        Annotated[list[Literal["reasoning.encrypted_content"]], Field(max_length=MAX_LIST, fail_fast=True)] | None
+    ) = None
+    metadata: Metadata | None = None
     # what needs stored state
     store: StatefulFlag = None
     background: StatefulFlag = None
@@ -250,7 +265,7 @@ class ResponsesRequest(Strict):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=-INT64, le=INT64)
-    stop: Label | Annotated[list[Label], Field(max_length=MAX_LIST)] | None = None
+    stop: Label | Annotated[list[Label], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     chat_template_kwargs: TemplateArguments | None = None
 
 
@@ -301,10 +316,10 @@ def _response_format(given: TextFormat) -> dict[str, Any]:
 
 def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
     """Items become messages; what the assistant thought, said and called in one turn becomes one message."""
-    messages: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []  # whose texts are lists of pieces until all items are read
     names: dict[str, str] = {}  # of functions, by the id of the call
     if request.instructions:
-        messages.append({"role": "system", "content": request.instructions})
+        messages.append({"role": "system", "content": [request.instructions]})
     for index, item in enumerate(request.input):
         last: dict[str, Any] = messages[-1] if messages else {"role": None}
         if isinstance(item, FunctionCallOutput):
@@ -313,20 +328,24 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
                     f"input[{index}].call_id is {item.call_id!r}, but no earlier function_call has that call_id"
                 )
             result = {"role": "tool", "tool_call_id": item.call_id, "name": names[item.call_id]}
-            messages.append({**result, "content": _joined(item.output)})
+            messages.append({**result, "content": [_joined(item.output)]})
         elif isinstance(item, MessageItem) and item.role != "assistant":
             role = "user" if item.role == "user" else "system"
             content = _joined(item.content)
             if role == "system" and last["role"] == "system":
-                last["content"] += "\n\n" + content
+                last["content"] += ["\n\n", content]
             else:
-                messages.append({"role": role, "content": content})
+                messages.append({"role": role, "content": [content]})
         else:
             # A turn thinks, then speaks, then calls: thinking or speaking after that begins another one.
             spoken = last["role"] == "assistant" and (last["content"] or last.get("tool_calls"))
             if last["role"] != "assistant" or (spoken and not isinstance(item, FunctionCall)):
-                messages.append({"role": "assistant", "content": ""})
+                messages.append({"role": "assistant", "content": []})
             _add(item, messages[-1], names)
+    for message in messages:
+        message["content"] = "".join(message["content"])
+        if "reasoning_content" in message:
+            message["reasoning_content"] = "\n".join(message["reasoning_content"])
     return messages
 
 
@@ -334,13 +353,13 @@ def _add(item: MessageItem | FunctionCall | ReasoningItem, turn: dict[str, Any],
     if isinstance(item, ReasoningItem):
         thought = "\n".join(part.text for part in item.content or item.summary)
         if thought:
-            turn["reasoning_content"] = "\n".join(filter(None, (turn.get("reasoning_content"), thought)))
+            turn.setdefault("reasoning_content", []).append(thought)
     elif isinstance(item, FunctionCall):
         names[item.call_id] = item.name
         call = {"name": item.name, "arguments": item.arguments}
         turn.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": call})
-    else:
-        turn["content"] += _joined(item.content)
+    elif text := _joined(item.content):
+        turn["content"].append(text)
 
 
 def _joined(parts: list[Any]) -> str:

@@ -1,7 +1,7 @@
 """POST /tokenize and /detokenize, in vLLM's shapes.
 
 In: a text, a conversation or token ids. Out: ids with their number and the model's context, or the text of ids. A text is read as
-/v1/completions reads its prompt, a conversation as /v1/chat/completions does.
+/v1/completions reads its prompt, a conversation as /v1/chat/completions does; either may be up to four contexts long.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from qwenkit.serve.api.conversation import plain_messages, plain_tool
-from qwenkit.serve.api.prepare import limit, off_loop, render, template_arguments
+from qwenkit.serve.api.prepare import count_tools
+from qwenkit.serve.api.prompt import encode, off_loop, render, template_arguments
 from qwenkit.serve.api.protocol import DetokenizeRequest, TokenizeRequest
+from qwenkit.serve.body import JsonRoute
 from qwenkit.serve.server import Server, the_server
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/tokenize", response_model=None)
 async def tokenize(body: TokenizeRequest, http: Request, server: Annotated[Server, Depends(the_server)]) -> Response:
     """Token ids of a text or a conversation."""
     server.adapter_of(body.model)
-    return _json(await off_loop(http, _tokenized, server, body))
+    return await off_loop(server, http, lambda: _json(_tokenized(server, body)))
 
 
 @router.post("/detokenize", response_model=None)
@@ -33,16 +35,16 @@ async def detokenize(
 ) -> Response:
     """Text of token ids, control tokens included."""
     server.adapter_of(body.model)
-    text = await off_loop(http, server.tokenizer.decode, body.tokens, skip_special=False)
-    return _json({"prompt": text})
+    return await off_loop(
+        server, http, lambda: _json({"prompt": server.tokenizer.decode(body.tokens, skip_special=False)})
+    )
 
 
 def _tokenized(server: Server, body: TokenizeRequest) -> dict[str, Any]:
     if body.prompt is not None:
-        ids = server.tokenizer.encode(body.prompt, allow_special=True)
+        ids = encode(server, body.prompt, "prompt")
     else:
-        if len(body.tools or ()) > server.config.max_tools:
-            raise limit("tools", len(body.tools or ()), server.config.max_tools)
+        count_tools(server, body.tools or ())
         ids = render(
             server,
             plain_messages(body.messages or ()),

@@ -8,15 +8,17 @@ import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from qwenkit.serve.api.protocol import Metadata
 from qwenkit.serve.batch.files import PURPOSE, find, lifetime, no_file, page
 from qwenkit.serve.batch.rows import BatchRow
 from qwenkit.serve.batch.service import Batches, lifespan, owner, the_batches
+from qwenkit.serve.body import JsonRoute, RequestModel
 from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError
 
-router = APIRouter(lifespan=lifespan)
+router = APIRouter(lifespan=lifespan, route_class=JsonRoute)
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"]
 _LONGEST = 30 * 86400
@@ -24,25 +26,18 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 TheBatches = Annotated[Batches, Depends(the_batches)]
 
 
-class OutputExpiresAfter(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class OutputExpiresAfter(RequestModel):
     anchor: Literal["created_at"]
     seconds: int
 
 
-class BatchRequest(BaseModel):
+class BatchRequest(RequestModel):
     """`completion_window` is a whole number and s, m, h or d, up to 30 days; what is not done by then is left out."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     input_file_id: str
     endpoint: Endpoint
     completion_window: str = Field(examples=["24h"])
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
+    metadata: Metadata | None = None
     output_expires_after: OutputExpiresAfter | None = None
 
     @property

@@ -15,6 +15,8 @@ import orjson
 
 from qwenkit.serve.batch.rows import BatchRow, Line, NewFile, new_id
 from qwenkit.serve.batch.store import BatchStore
+from qwenkit.serve.body import MAX_FIELDS, MIN_VALUES, strict_json
+from qwenkit.serve.errors import ApiError
 from qwenkit.storage import atomic_replace
 
 MAX_ERRORS = 100  # that a failed batch lists
@@ -41,13 +43,18 @@ class _BadLineError(Exception):
         self.code, self.param = code, param
 
 
-def scan(path: Path, endpoint: str, *, max_lines: int, max_line_bytes: int) -> Scan:
-    """Check every line of an input file for a batch at `endpoint`. Blank lines are skipped. Raises OSError."""
+def scan(
+    path: Path, endpoint: str, *, max_lines: int, max_line_bytes: int, max_values: int = MIN_VALUES + MAX_FIELDS
+) -> Scan:
+    """Check every line of an input file for a batch at `endpoint`. Blank lines are skipped, up to `max_lines`. Raises OSError.
+
+    `max_values`: see body.strict_json.
+    """
     lines: list[Line] = []
     errors: list[dict[str, Any]] = []
     seen: dict[str, int] = {}
     models: set[str | None] = set()
-    start = number = 0
+    start = number = blank = 0
     with path.open("rb") as file:
         if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark, as Windows programs write it
             file.seek(0)
@@ -59,8 +66,12 @@ def scan(path: Path, endpoint: str, *, max_lines: int, max_line_bytes: int) -> S
                     while data and not data.endswith(b"\n"):
                         data = file.readline(max_line_bytes)
                     raise _BadLineError("line_too_long", f"This line is longer than {max_line_bytes} bytes.")
-                if data.strip():
-                    custom_id, model = _check(data, endpoint, seen)
+                if not data.strip():
+                    blank += 1
+                    if blank > max_lines:
+                        raise _BadLineError("too_many_lines", f"The file has more than {max_lines} blank lines.")
+                else:
+                    custom_id, model = _check(data, endpoint, seen, max_values)
                     if len(lines) == max_lines:
                         raise _BadLineError("too_many_lines", f"The file has more than {max_lines} requests.")
                     seen[custom_id] = number
@@ -76,10 +87,12 @@ def scan(path: Path, endpoint: str, *, max_lines: int, max_line_bytes: int) -> S
     return Scan([] if errors else lines, errors, models.pop() if len(models) == 1 else None)
 
 
-def _check(data: bytes, endpoint: str, seen: dict[str, int]) -> tuple[str, str | None]:
+def _check(data: bytes, endpoint: str, seen: dict[str, int], max_values: int) -> tuple[str, str | None]:
     try:
-        request = orjson.loads(data)
-    except ValueError:
+        request = strict_json(data, max_values)
+    except ApiError as error:
+        if error.code == "limit_exceeded":
+            raise _BadLineError("invalid_json_line", f"This line is too large: {error.message}.") from None
         raise _BadLineError("invalid_json_line", "This line is not parseable as valid JSON.") from None
     if not isinstance(request, dict):
         raise _BadLineError("invalid_json_line", "This line is not a JSON object.")

@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,12 @@ import httpx
 import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qwenkit.serve.batch.lines import answered, assemble, read_body, scan, unanswered, usage
+from qwenkit.serve.batch.lines import Scan, answered, assemble, read_body, scan, unanswered, usage
 from qwenkit.serve.batch.rows import BatchLimits, BatchRow, Line
 from qwenkit.serve.batch.store import BatchStore
+from qwenkit.serve.body import MAX_FIELDS, MIN_VALUES
 from qwenkit.serve.caller import SCOPE_KEY, Caller, caller
+from qwenkit.serve.executor import FairExecutor
 
 log = logging.getLogger("qwenkit.serve")
 
@@ -67,7 +69,8 @@ class BatchWorker:
 
     `crowded` says whether requests wait at the engine already: then no line is added to them, so that batches fill what
     people leave free and never the queue. `serves` says whether a key (its namespace) still exists; batches of one that does
-    not are left where they are until they expire.
+    not are left where they are until they expire. `principal` says in whose name the lines of a batch run: they count to the
+    limits of that key, and those that are beyond its minute wait for the next one without a place among the running.
     """
 
     def __init__(
@@ -80,13 +83,15 @@ class BatchWorker:
         max_line_bytes: int,
         crowded: Callable[[], bool] = lambda: False,
         serves: Callable[[str], bool] = lambda owner: True,
+        principal: Callable[[BatchRow], Caller] = lambda batch: Caller(batch.owner_name, batch.owner),
+        max_values: int = MIN_VALUES + MAX_FIELDS,
     ) -> None:
         self.store = store
         self._app, self._limits, self._concurrency, self._max_line_bytes = app, limits, concurrency, max_line_bytes
-        self._crowded, self._serves = crowded, serves
+        self._crowded, self._serves, self._principal, self._max_values = crowded, serves, principal, max_values
         self._feeds: dict[int, _Feed] = {}
         self._jobs: dict[int, asyncio.Task[None]] = {}  # reading an input file, or writing the output
-        self._reading = asyncio.Semaphore(1)
+        self._reading = FairExecutor(1, "input-files")
         self._bell = asyncio.Event()
         self._turns = 0
         self._swept = 0.0
@@ -115,6 +120,7 @@ class BatchWorker:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.call(self.store.close)
         self._thread.shutdown()
+        self._reading.close(wait=False)
 
     async def _run(self) -> None:
         while True:
@@ -166,19 +172,20 @@ class BatchWorker:
 
     async def _read(self, batch: BatchRow) -> None:
         """validating -> in_progress or failed."""
-        async with self._reading:
-            limits = {"max_lines": self._limits.max_lines, "max_line_bytes": self._max_line_bytes}
-            path = self.store.path(batch.input_file_id)
-            try:
-                found = await asyncio.to_thread(scan, path, batch.endpoint, **limits)
-            except FileNotFoundError:
-                error = {"code": "file_not_found", "line": None, "message": "The input file is gone.", "param": None}
-                await self.call(self.store.fail, batch.seq, [error])
-                return
-            if found.errors:
-                await self.call(self.store.fail, batch.seq, found.errors)
-            else:
-                await self.call(self.store.begin, batch.seq, found.lines, found.model)
+        limits = {"max_lines": self._limits.max_lines, "max_line_bytes": self._max_line_bytes}
+        path = self.store.path(batch.input_file_id)
+        try:
+            found: Scan = await self._reading.run(
+                batch.owner, scan, path, batch.endpoint, **limits, max_values=self._max_values
+            )
+        except FileNotFoundError:
+            error = {"code": "file_not_found", "line": None, "message": "The input file is gone.", "param": None}
+            await self.call(self.store.fail, batch.seq, [error])
+            return
+        if found.errors:
+            await self.call(self.store.fail, batch.seq, found.errors)
+        else:
+            await self.call(self.store.begin, batch.seq, found.lines, found.model)
 
     async def _write(self, batch: BatchRow, feed: _Feed | None) -> None:
         """finalizing or cancelling -> the end, after the lines still being answered are let go."""
@@ -211,7 +218,7 @@ class BatchWorker:
             chosen.turn = self._turns
             task = asyncio.create_task(self._answer(chosen, chosen.waiting.popleft()))
             chosen.running.add(task)
-            task.add_done_callback(lambda done, feed=chosen: self._done(feed, done))  # type: ignore[misc]
+            task.add_done_callback(partial(self._done, chosen))
             await asyncio.sleep(0)  # the line gets to the engine before the next look at its queue
         return TICK
 
@@ -261,21 +268,15 @@ class BatchWorker:
             error = {"message": "stream is true, allowed in a batch is false", "type": "invalid_request_error"}
             refused = {"error": error | {"param": "stream", "code": "invalid_value"}}
             return False, answered(line.custom_id, 400, request_id, refused), (0, 0)
-        is_admin = not batch.owner and bool(batch.owner_name)
-        who = Caller(
-            batch.owner_name,
-            batch.owner,
-            priority=PRIORITY,
-            request_id=request_id,
-            is_limited=not is_admin,
-            may_owe=True,
-        )
+        who = replace(self._principal(batch), priority=PRIORITY, request_id=request_id, may_owe=True)
         content, wait, crashes = orjson.dumps(body), _WAIT, 0
         while True:
             response = await post(self._app, batch.endpoint, content, who)
             status = response.status_code
             crashed = status >= 500 and status != 503
             crashes += crashed
+            if status == 429 and "retry-after" not in response.headers:
+                break  # more than a whole minute allows
             if status == 429:  # others may go on meanwhile
                 raise _KeyWaitsError(_retry_after(response, wait) * random.uniform(1.0, 1.25))
             if status != 503 and not (crashed and crashes < _CRASHES):

@@ -13,8 +13,10 @@ from functools import cache
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from qwenkit.serve.body import JsonRoute, RequestModel
+from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError
 from qwenkit.serve.page.worker import BusyError, Renderer
 
@@ -22,10 +24,9 @@ SCRIPTS = ("texts.js", "store.js", "api.js", "view.js", "dialogs.js", "page.js")
 MAX_TEXT = 1 << 20  # characters of one text to render
 
 
-class RenderRequest(BaseModel):
+class RenderRequest(RequestModel):
     """Markdown as a model wrote it, possibly cut anywhere."""
 
-    model_config = ConfigDict(extra="forbid")
     text: str = Field(description=f"Markdown, at most {MAX_TEXT} characters.")
 
 
@@ -44,7 +45,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.renderer = None
 
 
-router = APIRouter(lifespan=lifespan)
+router = APIRouter(lifespan=lifespan, route_class=JsonRoute)
 
 
 @router.get("/", include_in_schema=False)
@@ -62,9 +63,11 @@ async def render(request: RenderRequest, http: Request) -> RenderAnswer:
     if getattr(state, "renderer", None) is None:  # the process starts with the first text
         state.renderer = Renderer()
     try:
-        return RenderAnswer(html=await state.renderer.html(request.text))
+        return RenderAnswer(html=await state.renderer.html(request.text, caller.get().namespace))
     except BusyError as error:
-        raise ApiError(429, str(error), type="rate_limit_error", headers={"Retry-After": "1"}) from error
+        raise ApiError(
+            429, str(error), type="rate_limit_error", headers={"Retry-After": str(error.retry_after)}
+        ) from error
 
 
 @cache
