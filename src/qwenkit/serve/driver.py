@@ -244,12 +244,8 @@ class Driver:
                 self._fail(ticket, internal_error(ticket.request_id))
 
     def _take(self, ticket: Ticket, delta: Delta, now: float) -> None:
-        if delta.error is not None and delta.error_field is not None:
-            self._fail(ticket, ValueError(delta.error))  # its sentence begins with the field
-            return
         if delta.error is not None:
-            where = f" (request id {ticket.request_id})" if ticket.request_id else ""
-            self._fail(ticket, ApiError(500, delta.error + where, "server_error", code="engine_error"))
+            self._fail(ticket, ticket.engine_error(delta))
             return
         if ticket.queued:
             self._dequeue(ticket)

@@ -16,6 +16,7 @@ from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Delta
 from qwenkit.engine.sampling import SamplingParams
 from qwenkit.serve.caller import Caller
+from qwenkit.serve.errors import ApiError
 from qwenkit.serve.limits import MinuteLimits
 from qwenkit.serve.logs import log_answer
 from qwenkit.serve.metrics import Metrics
@@ -62,6 +63,14 @@ class Ticket:
         metrics.request_prompt_tokens.observe(len(self.prompt))
         metrics.prefix_cache_queries.inc(len(self.prompt))
         metrics.prefix_cache_hits.inc(delta.num_cached_tokens)
+
+    def engine_error(self, delta: Delta) -> Exception:
+        """What the stream raises for a Delta with an error: ValueError for one of the request's fields, else ApiError 500."""
+        assert delta.error is not None
+        if delta.error_field is not None:
+            return ValueError(delta.error)  # its sentence begins with the field
+        where = f" (request id {self.request_id})" if self.request_id else ""
+        return ApiError(500, delta.error + where, "server_error", code="engine_error")
 
     def ended(self, now: float, metrics: Metrics) -> None:
         """All its answers are finished."""

@@ -100,8 +100,8 @@ class Tokenizer:
         Added tokens that are not control tokens (<think>, <tool_call>) become their ids either way. Half a surrogate
         pair becomes U+FFFD. Bytes for which a vocabulary has no token (SmolLM2 lacks some) vanish, as they did when
         the model was trained. Long text is encoded in chunks, between which other threads run.
-        Raises TokenLimitError for more than `max_tokens` ids, as soon as there are more, and ValueError for text with half a million
-        characters of one kind in a row.
+        Raises TokenLimitError for more than `max_tokens` ids, as soon as there are more, and ValueError for text with half
+        a million characters of one kind in a row.
         """
         ids: list[int] = []
         for more in self._encode(text, allow_special):
