@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from qwenkit.errors import FieldError, shorten
 from qwenkit.files import has_file, read_json
 from qwenkit.linear.lora import LowRank, lora_scaling
+from qwenkit.model.config_schema import Kind, Number, Whole
 from qwenkit.weights import names
 from qwenkit.weights.safetensors_files import read_file
 from qwenkit.weights.stored import StoredTensor
@@ -27,6 +29,8 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 MAX_RANK = 512
 BIASES = ("none", "all", "lora_only")
+_RANK = Whole()  # see `_check_rank` for what a rank may be in the end
+_ALPHA = Number(-1e9, 1e9)  # a negative one takes the update away, as in peft
 
 PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?<=\.)(base_layer|modules_to_save)\.")  # what peft puts between a module and its parameters
@@ -146,45 +150,46 @@ def _read_config(folder: Path, *, served: bool) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no {CONFIG}, so it is no adapter")
     config = read_json(path, _LARGEST_CONFIG)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, allowed is 'LORA'")
+        raise ValueError(f"{path}: peft_type is {shorten(config.get('peft_type'))}, allowed is 'LORA'")
     for key, what in _REFUSED_WHEN_SERVED.items():
         if served and config.get(key):
             raise ValueError(
-                f"{path}: {key} is {config[key]!r}, but {what} is not supported in {_SERVED}: "
+                f"{path}: {key} is {shorten(config[key])}, but {what} is not supported in {_SERVED}: "
                 "merge it with `qwenkit export`"
             )
     for key, what in _REFUSED.items():
         if config.get(key):
-            raise ValueError(f"{path}: {key} is {config[key]!r}, but {what} is not supported in an adapter")
+            raise ValueError(f"{path}: {key} is {shorten(config[key])}, but {what} is not supported in an adapter")
     biases = ("none",) if served else BIASES
     if config.get("bias", "none") not in biases:
         allowed = f"allowed {'is' if served else 'are'} {', '.join(map(repr, biases))}"
-        raise ValueError(f"{path}: bias is {config['bias']!r}, {allowed}")
+        raise ValueError(f"{path}: bias is {shorten(config['bias'])}, {allowed}")
     if config.get("init_lora_weights") not in _INITIALISATIONS:
         raise ValueError(
-            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the model's own weights; allowed are "
-            f"{', '.join(map(repr, _INITIALISATIONS[1:]))}"
+            f"{path}: init_lora_weights is {shorten(config['init_lora_weights'])}, which changes the model's own weights; "
+            f"allowed are {', '.join(map(repr, _INITIALISATIONS[1:]))}"
         )
     for key in ("use_rslora", "use_dora"):
         if type(config.get(key, False)) is not bool:
-            raise ValueError(f"{path}: {key} is {config[key]!r}, allowed are true and false")
-    config["r"] = _positive(path, "r", config.get("r", 8), whole=True)
-    config["lora_alpha"] = _positive(path, "lora_alpha", config.get("lora_alpha", 8))
+            raise ValueError(f"{path}: {key} is {shorten(config[key])}, allowed are true and false")
+    config["r"] = _checked(path, "r", config.get("r", 8), _RANK)
+    config["lora_alpha"] = _checked(path, "lora_alpha", config.get("lora_alpha", 8), _ALPHA)
     targets = config.setdefault("target_modules", None)
     if not (isinstance(targets, str) or _is_texts(targets)):
-        raise ValueError(f"{path}: target_modules is {targets!r}, allowed is a list of names or a string")
+        raise ValueError(f"{path}: target_modules is {shorten(targets)}, allowed is a list of names or a string")
     if config.get("modules_to_save") is not None and not _is_texts(config["modules_to_save"]):
-        raise ValueError(f"{path}: modules_to_save is {config['modules_to_save']!r}, allowed is a list of names")
-    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        raise ValueError(f"{path}: modules_to_save is {shorten(config['modules_to_save'])}, allowed is a list of names")
+    for key, kind in (("rank_pattern", _RANK), ("alpha_pattern", _ALPHA)):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict):
-            raise ValueError(f"{path}: {key} is {pattern!r}, allowed is an object of module name to number")
+            raise ValueError(f"{path}: {key} is {shorten(pattern)}, allowed is an object of module name to number")
         for name, value in pattern.items():
             if not re.fullmatch(r"\^?[\w.\\-]+\$?", name):
                 raise ValueError(
-                    f"{path}: {key} has the key {name!r}, allowed are names of modules; other regular expressions are not run"
+                    f"{path}: {key} has the key {shorten(name)}, allowed are names of modules; "
+                    "other regular expressions are not run"
                 )
-            _positive(path, f"{key}.{name}", value, whole=whole)
+            _checked(path, f"{key}.{name}", value, kind)
         config[key] = pattern
     return config
 
@@ -193,10 +198,9 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _positive(path: Path, name: str, value: Any, *, whole: bool = False) -> Any:
-    wanted = int if whole else (int, float)
-    if not isinstance(value, wanted) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{path}: {name} is {value!r}, allowed is a {'whole ' if whole else ''}number above 0")
+def _checked(path: Path, name: str, value: Any, kind: Kind) -> Any:
+    if not kind.accepts(value):
+        raise FieldError(name, value, kind.words, source=path)
     return value
 
 
