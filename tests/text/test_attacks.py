@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from qwenkit.text.template import KNOWN, ChatTemplate, TemplateLimitError, compile_template
+from qwenkit.text.template import ChatTemplate, TemplateLimitError, compile_template
 from qwenkit.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 CASES: list[dict[str, Any]] = [
     json.loads(line) for line in (ROOT / "tests" / "data" / "security" / "text.jsonl").read_text("utf-8").splitlines()
 ]
+SLOW = bool(os.environ.get("QWENKIT_SLOW"))
 MAX_CPU_SECONDS = 4.0  # two are expected; machines differ
 MAX_MEGABYTES = 200
 ON_TRIAL = ("const-mult", "elif", "loops", "fib", "deep", "keep", "joinlist", "pad-by-length")
@@ -62,7 +63,7 @@ def check(found: dict[str, tuple[str, float]], beginning: str) -> None:
 
 
 def of_kind(*kinds: str) -> list[dict[str, Any]]:
-    return [case for case in CASES if case["kind"] in kinds]
+    return [case for case in CASES if case["kind"] in kinds and (SLOW or not case.get("long"))]
 
 
 def test_templates_are_stopped_in_this_process() -> None:
@@ -75,7 +76,7 @@ def test_templates_are_stopped_on_trial() -> None:
     check(attack(cases, "trial"), "the chat template ")
 
 
-@pytest.mark.skipif("QWENKIT_LONG_TESTS" not in os.environ, reason="takes minutes: set QWENKIT_LONG_TESTS")
+@pytest.mark.skipif(not SLOW, reason="takes a minute; set QWENKIT_SLOW=1")
 def test_all_templates_are_stopped_on_trial() -> None:
     check(attack(of_kind("template", "messages"), "trial"), "the chat template ")
 
@@ -119,7 +120,6 @@ def test_a_trial_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for source in ("{{ messages[0].content }} once", *NAMED.values(), "{{ messages[0].content }} once"):
         ChatTemplate(source)
     assert tried == ["{{ messages[0].content }} once"]
-    assert len(KNOWN) >= len(NAMED)
 
 
 def test_a_refused_template_is_refused_again() -> None:

@@ -1,5 +1,6 @@
 """Rendered conversations against transformers' apply_chat_template; the mask; hostile content; errors."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenkit.text.chat import JinjaChat
+from qwenkit.text.template import KNOWN
 from qwenkit.text.tokenizer import Tokenizer
 
 TOOLS = [
@@ -335,3 +337,8 @@ def test_a_template_that_does_not_parse(tiny: Tokenizer) -> None:
     for template in ("{% for %}", "{% generation %}x", "{{"):
         with pytest.raises(ValueError, match="the chat template does not parse"):
             JinjaChat(tiny, template)
+
+
+def test_qwens_templates_need_no_trial(templates: dict[str, str]) -> None:
+    digests = {name: hashlib.sha256(source.encode()).hexdigest() for name, source in templates.items()}
+    assert {digests[name] for name in ("qwen2", "qwen2.5", "qwen3")} <= KNOWN

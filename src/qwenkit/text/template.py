@@ -27,7 +27,14 @@ GENERATION_END = _ESCAPE + chr(_FIRST_CODE + 2)
 
 
 # SHA-256 of templates that need no trial: what this package brings, and Qwen's own.
-KNOWN = frozenset(hashlib.sha256(template.encode()).hexdigest() for template in NAMED.values())
+KNOWN = frozenset(
+    {
+        "793202280c0910ab26bc6eb57c8212c2417324c6d8c4efd0d10d59092ab3e3eb",  # Qwen2
+        "cd8e9439f0570856fd70470bf8889ebd8b5d1107207f67a5efb46e342330527f",  # Qwen2.5
+        "87a2728cb8dc9fe424d624542f6060ec05a1d285ebbec578bb078900e33396b5",  # Qwen3
+        *(hashlib.sha256(template.encode()).hexdigest() for template in NAMED.values()),
+    }
+)
 _tried: set[str] = set()  # digests of the templates that passed in this process
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pydantic
 import pytest
 
@@ -18,7 +20,7 @@ from qwenkit.serve.server import Server
 from qwenkit.text.chat import JinjaChat
 from qwenkit.text.tokenizer import Tokenizer
 from tests.serve.api.conftest import CLOCK, TEMPLATE, WEATHER, Connect, called
-from tests.serve.conftest import LiveServer, MakeServer, running
+from tests.serve.conftest import LiveServer, MakeServer, running, wait_until
 from tests.tiny_models import EOS, IM_END, write_model
 
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -255,3 +257,41 @@ def test_grammars_that_fail_at_the_first_token_are_refused(live: LiveServer, pat
     response = live.post("/v1/completions", {"prompt": "x", "max_tokens": 8, "guided_regex": pattern})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == "guided_regex"
+
+
+def test_expensive_grammars_of_one_key_keep_no_other_key_waiting(
+    make_server: MakeServer, engine: Engine, thinker: Tokenizer
+) -> None:
+    """Twelve at once of key A, more than the event loop's pool has threads; everything of key B comes back before the second
+    of them has been refused."""
+    server = make_server(
+        engine=engine, tokenizer=thinker, chat_format=JinjaChat(thinker, TEMPLATE), api_key=("key-a", "key-b")
+    )
+    compiler = server.compiler
+    assert compiler is not None
+    compiler.start()
+    refused: list[str] = []
+
+    def ask(key: str, path: str, **content: Any) -> httpx.Response:
+        return httpx.post(live.url + path, headers={"Authorization": f"Bearer {key}"}, timeout=120, **content)
+
+    def bomb(number: int) -> None:
+        schema = {"type": "integer", "multipleOf": number}
+        answer = ask("key-a", "/v1/completions", json={"prompt": "x", "max_tokens": 8, "guided_json": schema})
+        refused.append(answer.json()["error"]["param"])
+
+    with running(server) as live:
+        bombs = [threading.Thread(target=bomb, args=(999_983 - 2 * place,), daemon=True) for place in range(12)]
+        for thread in bombs:
+            thread.start()
+        wait_until(lambda: sum(map(len, compiler._queues.values())) >= 7, seconds=30)
+        body = {"prompt": "x", "max_tokens": 8, "guided_regex": "[ab]{3}"}
+        assert ask("key-b", "/v1/completions", json=body).json()["choices"][0]["text"].strip("ab") == ""
+        assert ask("key-b", "/tokenize", json={"prompt": "a b " * 4608}).json()["count"] > 4608
+        upload = ask("key-b", "/v1/files", files={"file": ("x.jsonl", b"{}")}, data={"purpose": "batch"})
+        assert upload.status_code in (200, 400), upload.text
+        assert len(refused) <= 1
+        compiler.close()
+        for thread in bombs:
+            thread.join(30)
+        assert set(refused) == {"guided_json"}
