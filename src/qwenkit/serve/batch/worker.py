@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -53,13 +53,14 @@ class _Feed:
     exhausted: bool = False
     running: set[asyncio.Task[None]] = field(default_factory=set)
     turn: int = 0
+    resumes: float = 0.0  # time.monotonic() before which its key has no room for another line
 
 
-class _MinuteFullError(Exception):
-    """The line's key may ask no more before `seconds` have passed."""
+class _KeyWaitsError(Exception):
+    """A key's minute, or its part of the queue, is used up for so many seconds."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__()
+        super().__init__(seconds)
         self.seconds = seconds
 
 
@@ -68,8 +69,7 @@ class BatchWorker:
 
     `crowded` says whether requests wait at the engine already: then no line is added to them, so that batches fill what
     people leave free and never the queue. `serves` says whether a key (its namespace) still exists; batches of one that does
-    not are left where they are until they expire. `principal` says in whose name the lines of a batch run: they count to the
-    limits of that key, and those that are beyond its minute wait for the next one without a place among the running.
+    not are left where they are until they expire.
     """
 
     def __init__(
@@ -82,13 +82,11 @@ class BatchWorker:
         max_line_bytes: int,
         crowded: Callable[[], bool] = lambda: False,
         serves: Callable[[str], bool] = lambda owner: True,
-        principal: Callable[[BatchRow], Caller] = lambda batch: Caller(batch.owner_name, batch.owner),
         max_values: int = MIN_VALUES + MAX_FIELDS,
     ) -> None:
         self.store = store
         self._app, self._limits, self._concurrency, self._max_line_bytes = app, limits, concurrency, max_line_bytes
-        self._crowded, self._serves, self._principal, self._max_values = crowded, serves, principal, max_values
-        self._not_before: dict[str, float] = {}  # owner -> when its minute has room again
+        self._crowded, self._serves, self._max_values = crowded, serves, max_values
         self._feeds: dict[int, _Feed] = {}
         self._jobs: dict[int, asyncio.Task[None]] = {}  # reading an input file, or writing the output
         self._reading = FairExecutor(1, "input-files")
@@ -216,10 +214,9 @@ class BatchWorker:
                 return 0.05
             self._turns += 1
             chosen.turn = self._turns
-            line = chosen.waiting.popleft()
-            task = asyncio.create_task(self._answer(chosen.batch, line))
+            task = asyncio.create_task(self._answer(chosen, chosen.waiting.popleft()))
             chosen.running.add(task)
-            task.add_done_callback(partial(self._done, chosen, line))
+            task.add_done_callback(lambda done, feed=chosen: self._done(feed, done))  # type: ignore[misc]
             await asyncio.sleep(0)  # the line gets to the engine before the next look at its queue
         return TICK
 
@@ -229,27 +226,24 @@ class BatchWorker:
         for feed in self._feeds.values():
             busy[feed.batch.owner] += len(feed.running)
         now = time.monotonic()
-        ready = [
-            feed for feed in self._feeds.values() if feed.waiting and self._not_before.get(feed.batch.owner, 0.0) <= now
-        ]
+        ready = [feed for feed in self._feeds.values() if feed.waiting and feed.resumes <= now]
         return min(ready, key=lambda feed: (busy[feed.batch.owner], len(feed.running), feed.turn), default=None)
 
-    def _done(self, feed: _Feed, line: Line, task: asyncio.Task[None]) -> None:
+    def _done(self, feed: _Feed, task: asyncio.Task[None]) -> None:
         feed.running.discard(task)
         self.wake()
-        if not task.cancelled() and isinstance(error := task.exception(), _MinuteFullError):
-            feed.waiting.appendleft(line)
-            owner, until = feed.batch.owner, time.monotonic() + error.seconds
-            self._not_before[owner] = max(self._not_before.get(owner, 0.0), until)
-        elif not task.cancelled() and task.exception() is not None:
+        if not task.cancelled() and task.exception() is not None:
             log.error("a line of batch %s was lost until the next start", feed.batch.id, exc_info=task.exception())
 
-    async def _answer(self, batch: BatchRow, line: Line) -> None:
-        """One line, from the input file to its result in the store."""
+    async def _answer(self, feed: _Feed, line: Line) -> None:
+        """One line, from the input file to its result in the store; or back into the line, where its key has to wait."""
+        batch = feed.batch
         try:
             ok, record, tokens = await self._ask(batch, line)
-        except _MinuteFullError:
-            raise
+        except _KeyWaitsError as error:
+            feed.resumes = max(feed.resumes, time.monotonic() + error.seconds)
+            feed.waiting.appendleft(line)
+            return
         except Exception:
             log.exception("line %d of batch %s failed", line.line, batch.id)
             message = f"The server failed at this request (request id {_request_id(batch, line)})."
@@ -272,18 +266,23 @@ class BatchWorker:
             error = {"message": "stream is true, allowed in a batch is false", "type": "invalid_request_error"}
             refused = {"error": error | {"param": "stream", "code": "invalid_value"}}
             return False, answered(line.custom_id, 400, request_id, refused), (0, 0)
-        who = replace(self._principal(batch), priority=PRIORITY, request_id=request_id)
+        is_admin = not batch.owner and bool(batch.owner_name)
+        who = Caller(
+            batch.owner_name,
+            batch.owner,
+            priority=PRIORITY,
+            request_id=request_id,
+            is_limited=not is_admin,
+        )
         content, wait, crashes = orjson.dumps(body), _WAIT, 0
         while True:
             response = await post(self._app, batch.endpoint, content, who)
             status = response.status_code
-            if status == 429 and _error_code(response) == "rate_limit_exceeded":
-                if "retry-after" not in response.headers:
-                    break  # more than a whole minute allows
-                raise _MinuteFullError(_retry_after(response, _WAIT))
             crashed = status >= 500 and status != 503
             crashes += crashed
-            if status not in (429, 503) and not (crashed and crashes < _CRASHES):
+            if status == 429:  # others may go on meanwhile
+                raise _KeyWaitsError(_retry_after(response, wait) * random.uniform(1.0, 1.25))
+            if status != 503 and not (crashed and crashes < _CRASHES):
                 break
             await asyncio.sleep(_retry_after(response, wait) * random.uniform(1.0, 1.25))
             wait = min(2 * wait, _LONGEST_WAIT)
@@ -312,14 +311,6 @@ async def post(app: ASGIApp, path: str, content: bytes, who: Caller) -> httpx.Re
     async with httpx.AsyncClient(transport=transport, base_url=_HOST, timeout=None, trust_env=False) as client:
         headers = {"content-type": "application/json", "anthropic-version": "2023-06-01"}
         return await client.post(path, content=content, headers=headers)
-
-
-def _error_code(response: httpx.Response) -> str | None:
-    try:
-        code = orjson.loads(response.content)["error"].get("code")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return code if isinstance(code, str) else None
 
 
 def _retry_after(response: httpx.Response, wait: float) -> float:
