@@ -72,14 +72,11 @@ class Keys:
         return cls(named, admin or environ.get(ADMIN_VARIABLE) or None)
 
     def has(self, namespace: str) -> bool:
-        """Whether somebody may still come in the name of `namespace`."""
-        return self.of_namespace(namespace) is not None
-
-    def of_namespace(self, namespace: str) -> Caller | None:
-        """The caller whose namespace it is, None if there is none any more; "" is the admin's, and everybody's without keys."""
-        if namespace == "" and not self.are_set:
-            return Caller(is_limited=True)
-        return next((key.owner for key in self._keys if key.owner.namespace == namespace), None)
+        """Whether somebody may still come in the name of `namespace`, which is a key's; "" is the admin's, and everybody's where
+        no key is needed."""
+        if namespace == "":
+            return self.admin_is_set or not self.are_set
+        return any(key.owner.namespace == namespace for key in self._keys)
 
     def owner(self, candidates: Iterable[bytes]) -> Caller | None:
         """Whose key one of `candidates` is, as they came in the headers."""

@@ -18,13 +18,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
-from qwenkit.serve.batch.rows import BatchLimits, BatchRow
+from qwenkit.serve.batch.rows import BatchLimits
 from qwenkit.serve.batch.store import DATABASE, BatchStore
 from qwenkit.serve.batch.worker import BatchWorker
 from qwenkit.serve.body import reader_of
-from qwenkit.serve.caller import Caller, caller
+from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError
-from qwenkit.serve.keys import Keys
 from qwenkit.serve.server import Server
 from qwenkit.storage import cache_folder
 
@@ -99,14 +98,8 @@ class Batches:
             max_line_bytes=config.bytes_of("max_body"),
             crowded=lambda: driver.draining or driver.num_waiting >= few,
             serves=self._app.state.keys.has,
-            principal=self._principal,
             max_values=reader_of(self._app).max_values,
         )
-
-    def _principal(self, batch: BatchRow) -> Caller:
-        """In whose name a batch's lines run: its key as it is called today, whose limits they count to."""
-        keys: Keys = self._app.state.keys
-        return keys.of_namespace(batch.owner) or Caller(batch.owner_name, batch.owner, is_limited=True)
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the store by name, off the event loop."""

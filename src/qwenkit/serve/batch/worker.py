@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -69,8 +69,7 @@ class BatchWorker:
 
     `crowded` says whether requests wait at the engine already: then no line is added to them, so that batches fill what
     people leave free and never the queue. `serves` says whether a key (its namespace) still exists; batches of one that does
-    not are left where they are until they expire. `principal` says in whose name the lines of a batch run: they count to the
-    limits of that key, and those that are beyond its minute wait for the next one without a place among the running.
+    not are left where they are until they expire.
     """
 
     def __init__(
@@ -83,12 +82,11 @@ class BatchWorker:
         max_line_bytes: int,
         crowded: Callable[[], bool] = lambda: False,
         serves: Callable[[str], bool] = lambda owner: True,
-        principal: Callable[[BatchRow], Caller] = lambda batch: Caller(batch.owner_name, batch.owner),
         max_values: int = MIN_VALUES + MAX_FIELDS,
     ) -> None:
         self.store = store
         self._app, self._limits, self._concurrency, self._max_line_bytes = app, limits, concurrency, max_line_bytes
-        self._crowded, self._serves, self._principal, self._max_values = crowded, serves, principal, max_values
+        self._crowded, self._serves, self._max_values = crowded, serves, max_values
         self._feeds: dict[int, _Feed] = {}
         self._jobs: dict[int, asyncio.Task[None]] = {}  # reading an input file, or writing the output
         self._reading = FairExecutor(1, "input-files")
@@ -268,7 +266,15 @@ class BatchWorker:
             error = {"message": "stream is true, allowed in a batch is false", "type": "invalid_request_error"}
             refused = {"error": error | {"param": "stream", "code": "invalid_value"}}
             return False, answered(line.custom_id, 400, request_id, refused), (0, 0)
-        who = replace(self._principal(batch), priority=PRIORITY, request_id=request_id, may_owe=True)
+        is_admin = not batch.owner and bool(batch.owner_name)
+        who = Caller(
+            batch.owner_name,
+            batch.owner,
+            priority=PRIORITY,
+            request_id=request_id,
+            is_limited=not is_admin,
+            may_owe=True,
+        )
         content, wait, crashes = orjson.dumps(body), _WAIT, 0
         while True:
             response = await post(self._app, batch.endpoint, content, who)
