@@ -147,8 +147,6 @@ def _check(value: Any, allow_nan: bool) -> None:
     """Raise for nesting deeper than MAX_DEPTH and for a number that is not finite, naming the key where it is."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        if not level:
-            return
         inner: list[Any] = []
         for item in level:
             for child in item.values() if isinstance(item, dict) else item:
@@ -159,7 +157,8 @@ def _check(value: Any, allow_nan: bool) -> None:
                     where = shorten(keys[0]) if keys else "an item of a list"
                     raise _JsonError(f"is not valid JSON: {where} is {child}, which is no finite number")
         level = inner
-    raise _JsonError(f"is not valid JSON: it is nested more than {MAX_DEPTH} deep")
+    if level:
+        raise _JsonError(f"is not valid JSON: it is nested more than {MAX_DEPTH} deep")
 
 
 def _require_regular(path: Path, mode: int) -> None:
