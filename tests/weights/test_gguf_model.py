@@ -98,6 +98,7 @@ def write(
     for key, value in metadata.items():
         add = {
             str: writer.add_string,
+            bool: writer.add_bool,
             float: writer.add_float32,
             int: writer.add_uint64,
             list: writer.add_array,

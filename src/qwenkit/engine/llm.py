@@ -122,7 +122,7 @@ class LLM:
         unless `allow_special`. Raises ValueError when the template refuses the messages or the context cannot hold the prompt.
         """
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, allow_special=allow_special)
+            ids = self.tokenizer.encode_document(prompt, allow_special=allow_special)
         elif all(isinstance(item, int) for item in prompt):
             ids = list(prompt)  # type: ignore[arg-type]
         elif self.chat_format is None:
@@ -213,7 +213,7 @@ class LLM:
     def score(self, texts: str | AbstractSequence[str | AbstractSequence[int]]) -> list[Score]:
         """Log-likelihood of every token of each text (or list of token ids) under the model, without sampling."""
         many: Any = [texts] if isinstance(texts, str) else texts
-        documents = [self.tokenizer.encode(text) if isinstance(text, str) else list(text) for text in many]
+        documents = [self.tokenizer.encode_document(text) if isinstance(text, str) else list(text) for text in many]
         for place, document in enumerate(documents):
             if not document:
                 raise ValueError(f"text {place} is empty, at least one token is needed")

@@ -47,7 +47,7 @@ def calibration_documents(
                 chats.append(ids)
         else:
             text = record if isinstance(record, str) else "\n".join(message["content"] for message in record)
-            stream += (separator if stream else []) + tokenizer.encode(text)
+            stream += (separator if stream else []) + tokenizer.encode_document(text)
         if len(chats) >= samples or len(stream) >= 4 * samples * length:
             break
     pieces = [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]

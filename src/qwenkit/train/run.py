@@ -203,7 +203,9 @@ def answers(
 ) -> list[tuple[str, str]]:
     """What the model answers to `sample_prompts` now: the likeliest token each time, all prompts side by side, no cache."""
     prompts = [
-        list(chat.render([{"role": "user", "content": prompt}]).ids) if chat is not None else tokenizer.encode(prompt)
+        list(chat.render([{"role": "user", "content": prompt}]).ids)
+        if chat is not None
+        else tokenizer.encode_document(prompt)
         for prompt in config.sample_prompts
     ]
     texts = [list(prompt) for prompt in prompts]

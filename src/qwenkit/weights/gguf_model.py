@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qwenkit.errors import shorten
 from qwenkit.text.chat import ChatFormat, JinjaChat
 from qwenkit.text.chat_qwen1 import Qwen1Chat
 from qwenkit.text.tokenizer import Tokenizer
@@ -106,7 +107,28 @@ class GgufCheckpoint:
             )
         types = self._list("token_type", int) if "tokenizer.ggml.token_type" in self.file.metadata else None
         tokens, merges = self._list("tokens", str), self._list("merges", str)
-        return Tokenizer.from_bpe(tokens, merges, types, self._string("tokenizer.ggml.pre", "default"))
+        return Tokenizer.from_bpe(tokens, merges, types, self._string("tokenizer.ggml.pre", "default"), self._prefix())
+
+    def _prefix(self) -> tuple[int, ...]:
+        """bos_token_id where add_bos_token is true; llama.cpp takes it as true for Llama 3's vocabulary where it is missing.
+
+        ValueError where a true value has no token.
+        """
+        wanted, bos = (self.file.metadata.get(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "bos_token_id"))
+        if wanted is None:
+            wanted = self.file.metadata.get("tokenizer.ggml.pre") == "llama-bpe" and bos is not None
+        if wanted is False:
+            return ()
+        if wanted is not True:
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.add_bos_token must be true or false, found {shorten(wanted)}"
+            )
+        if type(bos) is not int or not 0 <= bos < len(self._list("tokens", str)):
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.add_bos_token is true, but tokenizer.ggml.bos_token_id is {shorten(bos)}, "
+                "no id of the vocabulary"
+            )
+        return (bos,)
 
     def chat(self) -> ChatFormat | None:
         template = self._string("tokenizer.chat_template", "")

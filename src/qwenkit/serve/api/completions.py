@@ -153,7 +153,7 @@ def _prompts(tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
     prompt: Any = body.prompt
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]
-    return [tokenizer.encode(one, allow_special=True) if isinstance(one, str) else one for one in prompt]
+    return [tokenizer.encode_document(one, allow_special=True) if isinstance(one, str) else one for one in prompt]
 
 
 def _texts(tokenizer: Tokenizer, body: CompletionRequest, prepared: Sequence[Prepared]) -> list[str]:

@@ -39,7 +39,7 @@ async def detokenize(
 
 def _tokenized(server: Server, body: TokenizeRequest) -> dict[str, Any]:
     if body.prompt is not None:
-        ids = server.tokenizer.encode(body.prompt, allow_special=True)
+        ids = server.tokenizer.encode_document(body.prompt, allow_special=True)
     else:
         if len(body.tools or ()) > server.config.max_tools:
             raise limit("tools", len(body.tools or ()), server.config.max_tools)
