@@ -168,8 +168,8 @@ def _read_config(folder: Path, *, served: bool) -> dict[str, Any]:
     for key in ("use_rslora", "use_dora"):
         if type(config.get(key, False)) is not bool:
             raise ValueError(f"{path}: {key} is {config[key]!r}, allowed are true and false")
-    config["r"] = _positive(path, "r", config.get("r", 8), whole=True)
-    config["lora_alpha"] = _positive(path, "lora_alpha", config.get("lora_alpha", 8))
+    config["r"] = _positive(path, "r", config.get("r", 8))
+    config["lora_alpha"] = _number(path, "lora_alpha", config.get("lora_alpha", 8))
     targets = config.setdefault("target_modules", None)
     if not (isinstance(targets, str) or _is_texts(targets)):
         raise ValueError(f"{path}: target_modules is {targets!r}, allowed is a list of names or a string")
@@ -184,7 +184,10 @@ def _read_config(folder: Path, *, served: bool) -> dict[str, Any]:
                 raise ValueError(
                     f"{path}: {key} has the key {name!r}, allowed are names of modules; other regular expressions are not run"
                 )
-            _positive(path, f"{key}.{name}", value, whole=whole)
+            if whole:
+                _positive(path, f"{key}.{name}", value)
+            else:
+                _number(path, f"{key}.{name}", value)
         config[key] = pattern
     return config
 
@@ -193,10 +196,16 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _positive(path: Path, name: str, value: Any, *, whole: bool = False) -> Any:
-    wanted = int if whole else (int, float)
-    if not isinstance(value, wanted) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{path}: {name} is {value!r}, allowed is a {'whole ' if whole else ''}number above 0")
+def _positive(path: Path, name: str, value: Any) -> int:
+    if type(value) is not int or value <= 0:
+        raise ValueError(f"{path}: {name} is {value!r}, allowed is a whole number above 0")
+    return value
+
+
+def _number(path: Path, name: str, value: Any) -> float:
+    """Any finite number: a negative alpha takes the update away, as it does in peft."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{path}: {name} is {value!r}, allowed is a number that is not infinite")
     return value
 
 
@@ -277,8 +286,10 @@ def _replaces(config: Mapping[str, Any], name: str) -> bool:
         return True
     if kind == "bias" and config.get("bias", "none") != "none":
         return True
-    saved = config.get("modules_to_save") or ()
-    return any(f".{module}.".find(f".{each}.") >= 0 for each in saved)
+    # peft takes each name as the end of a module's name, dots or not: "norm" is input_layernorm too
+    parts = module.split(".")
+    around = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(name.endswith(each) for each in config.get("modules_to_save") or () for name in around)
 
 
 def _finite(folder: Path, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
