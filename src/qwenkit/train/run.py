@@ -109,6 +109,10 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
         say(
             "dtype is float16: activations of Qwen models exceed its largest number, 65504, and losses become nan; use bfloat16"
         )
+    if model.config.moe is not None and checkpoint.config.get("output_router_logits") is True:
+        say(
+            "output_router_logits is true, but the balance loss of the router (router_aux_loss_coef) is not added to the loss"
+        )
     goal = _objective(config, checkpoint, model, world)
     flops = ModelFlops.of(model)
     if config.gradient_checkpointing:
