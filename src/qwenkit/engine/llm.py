@@ -6,6 +6,7 @@ Not thread-safe: the engine runs inside the calls. A server puts the engine in a
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
@@ -30,8 +31,10 @@ from qwenkit.model.context import pack
 from qwenkit.storage import cache_folder
 from qwenkit.text.chat import ChatFormat
 from qwenkit.weights.checkpoint import open_checkpoint
-from qwenkit.weights.load import load_model
+from qwenkit.weights.load import load_model, plain_types
 from qwenkit.weights.repacked import load_packed
+
+log = logging.getLogger("qwenkit.engine")
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | AbstractSequence[int] | AbstractSequence[Message]
@@ -84,6 +87,14 @@ class LLM:
                 dtype = torch.float32
                 self.model = load_packed(checkpoint, weights, cache_folder() / "packed", progress=progress)
         self.tokenizer = tokenizer.result()
+        if self.config.weights == self.config.dtype == "auto" and (weights == "bf16" or dtype == torch.bfloat16):
+            wider = [name for name in plain_types(checkpoint) if name != "bfloat16"]
+            if wider:
+                log.warning(
+                    "%s has weights in %s, which are rounded to bfloat16; --weights float --dtype float32 keeps their values",
+                    checkpoint.path,
+                    " and ".join(wider),
+                )
         self.chat_format: ChatFormat | None = checkpoint.chat()
         give_back_heap()
         cache_dtype = choose_cache_dtype(self.config, weights, dtype)
