@@ -33,7 +33,8 @@ def calibration_documents(
     chat = checkpoint.chat()
     chats: list[list[int]] = []
     stream: list[int] = []
-    separator = list(checkpoint.eos_token_ids[-1:])
+    end_of_text = tokenizer.special_tokens.get("<|endoftext|>")
+    separator = list(checkpoint.eos_token_ids[:1] if end_of_text is None else [end_of_text])
     shuffled = random.Random(seed)
     records = list(_records(path or DEFAULT))
     shuffled.shuffle(records)

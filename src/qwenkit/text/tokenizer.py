@@ -17,6 +17,9 @@ from qwenkit.text.added_tokens import AddedToken, AddedTokenMatcher
 from qwenkit.text.encoder import Encoder
 from qwenkit.text.vocabulary import Vocabulary
 
+# The end of a turn, of a text, and what follows the middle in a file or a repository given for fill-in-the-middle.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|fim_pad|>", "<|file_sep|>", "<|repo_name|>")
+
 
 class Tokenizer:
     """Text <-> token ids; made by `from_folder` or `from_bpe`, and safe to use from several threads."""
@@ -158,6 +161,13 @@ class Tokenizer:
         """The id of the added token, or else of the ordinary token, that reads exactly `token`; None without one."""
         added = self.added_tokens.get(token)
         return self._ordinary_ids.get(token.encode("utf-8", "replace")) if added is None else added
+
+    def end_ids(self) -> tuple[int, ...]:
+        """The added tokens that end an answer in every family of Qwen, in the order of `END_TOKENS`.
+
+        Files mark those of fill-in-the-middle as control tokens or as plain added ones.
+        """
+        return tuple(self.added_tokens[token] for token in END_TOKENS if token in self.added_tokens)
 
     def is_special(self, id: int) -> bool:
         """Whether `id` is a control token."""

@@ -94,6 +94,9 @@ GGUF_SCHEMES = {
     "smollm": Scheme(digits=True),
     "llama-bpe": Scheme(LLAMA3_PATTERN, ignore_merges=True),
 }
+# Other names that llama.cpp has for the same cutting.
+GGUF_SCHEMES |= dict.fromkeys(("deepseek-r1-qwen", "kormo", "megrez", "f2llmv2"), GGUF_SCHEMES["qwen2"])
+GGUF_SCHEMES |= dict.fromkeys(("llama3", "llama-v3"), GGUF_SCHEMES["llama-bpe"])
 
 
 def read_folder(folder: Path) -> Vocabulary:

@@ -23,7 +23,7 @@ def write_tokenizer(folder: Path, checkpoint: GgufCheckpoint) -> None:
     metadata = checkpoint.file.metadata
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [_CONTROL if token in special else _NORMAL for token in tokens]
-    steps = vocabulary.GGUF_SCHEMES[metadata.get("tokenizer.ggml.pre", "default")].steps()
+    steps = vocabulary.GGUF_SCHEMES[checkpoint.pre].steps()
     vocab = {token: id for id, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=steps.ignore_merges))
