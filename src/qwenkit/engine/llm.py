@@ -30,9 +30,11 @@ from qwenkit.hub.find import find_model
 from qwenkit.model.context import pack
 from qwenkit.storage import cache_folder
 from qwenkit.text.chat import ChatFormat
+from qwenkit.text.chatml import CHATML
 from qwenkit.weights.checkpoint import open_checkpoint
 from qwenkit.weights.load import load_model, plain_types
 from qwenkit.weights.repacked import load_packed
+from qwenkit.weights.templated import Templated, can_use_chatml, replaced_template
 
 log = logging.getLogger("qwenkit.engine")
 
@@ -74,6 +76,8 @@ class LLM:
     ) -> None:
         self.config = _with_settings(config or EngineConfig(), settings)
         checkpoint = open_checkpoint(find_model(str(model), progress=progress))
+        if self.config.chat_template is not None:
+            checkpoint = replaced_template(checkpoint, self.config.chat_template)
         self.default_params = SamplingParams.from_generation_config(checkpoint.generation_config)
         ops.use()
         device = choose_device(self.config.device)
@@ -96,6 +100,9 @@ class LLM:
                     " and ".join(wider),
                 )
         self.chat_format: ChatFormat | None = checkpoint.chat()
+        if self.chat_format is None and can_use_chatml(self.tokenizer):
+            self.chat_format = Templated(checkpoint, CHATML).chat()
+            log.warning("%s has no chat template, so ChatML is used; --chat-template gives another", checkpoint.path)
         give_back_heap()
         cache_dtype = choose_cache_dtype(self.config, weights, dtype)
         num_blocks, self.max_model_len = plan_cache(self.model.config, self.config, cache_dtype, device)
@@ -137,7 +144,9 @@ class LLM:
         elif all(isinstance(item, int) for item in prompt):
             ids = list(prompt)  # type: ignore[arg-type]
         elif self.chat_format is None:
-            raise ValueError("the model has no chat template, so it takes a prompt as text, not as messages")
+            raise ValueError(
+                "the model has no chat template, so it takes a prompt as text, not as messages; --chat-template gives one"
+            )
         else:
             messages: AbstractSequence[Message] = prompt  # type: ignore[assignment]
             return self._fitting(self.chat_format.render(messages, tools=tools, **variables).ids)

@@ -49,8 +49,8 @@ class QuantConfig:
     seed: int = _option(0, "which samples are taken")
     format: str = _option(
         "auto",
-        "layout of the files: gptq (zero points stored less one) or gptq_v2 (auto: gptq, which every reader knows; gptq_v2 without "
-        "sym, where GPTQModel refuses the other)",
+        "layout of the files: gptq (zero points stored less one) or gptq_v2 (auto: gptq, which every reader knows; without sym "
+        "gptq_v2, since GPTQModel refuses the other)",
     )
     device: str = _option("auto", "where to compute: auto, cpu, cuda, cuda:1")
 

@@ -176,7 +176,7 @@ def render(
 ) -> list[int]:
     """Ids of a conversation; to continue its last message they end where that message's text ends. Raises ApiError."""
     if server.chat_format is None:
-        raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
+        raise ApiError(400, "the model has no chat template: use /v1/completions, or start the server with --chat-template", param="messages")
     try:
         rendered = server.chat_format.render(
             messages,
