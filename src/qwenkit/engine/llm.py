@@ -122,6 +122,7 @@ class LLM:
             eos_ids=checkpoint.eos_token_ids,
             defaults=self.default_params,
         )
+        runner.adapters.stored = checkpoint.tensors
         for name, path in (lora or {}).items():
             self.engine.load_adapter(name, path)
         self._inbox: dict[int, deque[Delta]] = {}
