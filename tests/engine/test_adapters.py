@@ -2,12 +2,15 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from qwenkit import LLM, ops
@@ -193,15 +196,63 @@ def test_names(make: MakeAdapted, adapters: dict[str, Path], tmp_path: Path) -> 
     assert not engine.has_work
 
 
-def test_updates_that_cannot_be_chosen_by_row(make: MakeAdapted, tmp_path: Path) -> None:
-    save_adapter(tiny_pair("qwen2")[0], tmp_path, target_modules=["q_proj", "lm_head"])
+def test_updates_of_the_head_are_those_of_each_request(make: MakeAdapted, tmp_path: Path) -> None:
+    reference = tiny_pair("qwen2")[0]
+    plain = greedy(reference, PROMPTS[1])
+    adapted = save_adapter(reference, tmp_path, target_modules=["q_proj", "lm_head"])
     path = tmp_path / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if "base_layer" not in name}, path)
     engine = make(names=())
-    with pytest.raises(ValueError, match="has an update for lm_head, which cannot be chosen request by request"):
-        engine.load_adapter("x", tmp_path)
-    assert engine.adapters == ()
+    engine.load_adapter("x", tmp_path)
+    found = answers(engine, [PROMPTS[0], PROMPTS[1], PROMPTS[2]], ["x", None, "x"])
+    assert found == [greedy(adapted, PROMPTS[0]), plain, greedy(adapted, PROMPTS[2])]
+    assert found[1] != greedy(adapted, PROMPTS[1])
+    engine.unload_adapter("x")
     assert not any(isinstance(module, AdaptedLinear) for module in engine.runner.model.modules())
+
+
+def greedy(model: Any, prompt: list[int]) -> list[int]:
+    """The likeliest LENGTH tokens after a prompt, by transformers."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(LENGTH):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_embedding_that_peft_saves_along_is_compared_with_the_models(tmp_path: Path, changed: bool) -> None:
+    folder = write_model(tmp_path / "model")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(reference, peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.3)
+        adapted.eval().save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    saved = load_file(path)
+    head = next(name for name in saved if "lm_head.base_layer" in name)
+    saved[head][3] += 0.01 * changed
+    save_file(saved, path)
+    llm = LLM(folder, weights="float", dtype="float32")
+    if changed:
+        with pytest.raises(ValueError, match=r"replaces lm_head\.weight, which is not supported"):
+            llm.engine.load_adapter("x", tmp_path / "adapter")
+        return
+    llm.engine.load_adapter("x", tmp_path / "adapter")
+    ids = [5, 9, 200, 31, 7]
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    output = llm.generate([ids], params, adapter="x")[0]
+    assert output.prompt_logprobs is not None
+    found = torch.tensor([entry.logprob for entry in output.prompt_logprobs[1:] if entry is not None])
+    with torch.no_grad():
+        expected = (
+            adapted(torch.tensor([ids])).logits[0].log_softmax(-1)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+        )
+    assert (found - expected).abs().max() < 1e-3
 
 
 def test_experts_see_other_rows_than_the_stream_s(make_engine: MakeEngine, tmp_path: Path) -> None:

@@ -250,9 +250,9 @@ def test_pickles_are_taken_only_where_there_is_nothing_else() -> None:
         "pytorch_model-1.bin",
         "qwen.tiktoken",
     ]
-    with pytest.raises(ValueError, match=r"only GGUF files \(a\.gguf, b\.gguf\)"):
+    with pytest.raises(ValueError, match=r"only GGUF files: name one of them, as org/x:a or org/x:b"):
         chosen("config.json", "a.gguf", "b.gguf")
-    with pytest.raises(ValueError, match="no weights"):
+    with pytest.raises(ValueError, match="and no other weights"):
         chosen("config.json", "original/model.safetensors")
 
 

@@ -129,3 +129,18 @@ def test_what_cannot_be_run_is_named(changes: dict[str, Any], message: str) -> N
 def test_more_experts_per_token_than_experts() -> None:
     with pytest.raises(ValueError, match=r"num_experts_per_tok \(61\) is larger than num_experts \(60\)"):
         ModelConfig.from_dict(MOE | {"num_experts_per_tok": 61})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 64),
+        (None, 64),
+    ],
+)
+def test_yarn_lengthens_the_context(scaling: Any, context: int) -> None:
+    config = QWEN2 | {"max_position_embeddings": 64, "rope_scaling": scaling}
+    assert ModelConfig.from_dict(config).max_position_embeddings == context

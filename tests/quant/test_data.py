@@ -57,7 +57,7 @@ def test_texts_of_records_lie_end_to_end(checkpoint: Checkpoint, tmp_path: Path)
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"text": letter * 30}) for letter in "abc"))
     (found,) = texts(checkpoint, read(checkpoint, path, length=92))
-    assert sorted(found.split("<|im_end|>")) == ["a" * 30, "b" * 30, "c" * 30]
+    assert sorted(found.split("<|endoftext|>")) == ["a" * 30, "b" * 30, "c" * 30]
 
 
 def test_parquet(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_the_grid() -> None:
         ({"bits": 3}, "bits is 3, allowed are 4, 8"),
         ({"group_size": 100}, "group_size is 100, allowed are 32, 64, 128, -1"),
         ({"method": "awq"}, "method is 'awq', allowed are gptq, rtn"),
-        ({"format": "marlin"}, "format is 'marlin', allowed are gptq, gptq_v2"),
+        ({"format": "marlin"}, "format is 'marlin', allowed are auto, gptq, gptq_v2"),
         ({"samples": 0}, "samples is 0, allowed are whole numbers of at least 1"),
         ({"length": 1}, "length is 1, allowed are whole numbers of at least 2"),
         ({"damp": 0.0}, "damp is 0.0, allowed is more than 0"),
@@ -273,3 +273,17 @@ def test_groups_must_fit_the_model() -> None:
         QuantConfig().fitted({"b": (64, 40)})
     with pytest.raises(ValueError, match="outputs of 8"):
         QuantConfig().fitted({"b": (60, 64)})
+
+
+@pytest.mark.parametrize(
+    ("asked", "sym", "written"),
+    [
+        ("auto", True, "gptq"),
+        ("auto", False, "gptq_v2"),
+        ("gptq", False, "gptq"),
+        ("gptq_v2", True, "gptq_v2"),
+    ],
+)
+def test_the_format_is_one_that_readers_take(asked: str, sym: bool, written: str) -> None:
+    """GPTQModel takes the first layout without symmetry only from writers that it knows, gptq_v2 from anybody."""
+    assert QuantConfig(format=asked, sym=sym).fitted({"model.layers.0.mlp.up_proj": (64, 64)}).format == written

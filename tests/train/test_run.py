@@ -315,3 +315,13 @@ def test_a_template_of_ones_own(settings: list[str], tmp_path: Path) -> None:
     result = invoke(*settings, "template=none.jinja", "overwrite_output_dir=true")
     assert result.exit_code == 2
     assert "template: there is no file 'none.jinja'" in result.output
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_balance_loss_that_the_model_asks_for_is_said_to_be_left_out(
+    settings: list[str], tmp_path: Path, wanted: bool
+) -> None:
+    write_model(tmp_path / "moe", "qwen3_moe", output_router_logits=wanted, router_aux_loss_coef=0.5)
+    result = invoke(*settings, f"model={tmp_path / 'moe'}", "max_steps=1", "save_steps=1", "method=full")
+    assert result.exit_code == 0, result.output
+    assert ("router_aux_loss_coef" in result.output) is wanted

@@ -49,6 +49,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"k_proj": 2, "^model.layers.1.mlp.up_proj": 7},
         "alpha_pattern": {"layers.0.self_attn.q_proj": 32, "up_proj": 3},
     },
+    "taken away": {"lora_alpha": -8},
     "rslora": {"use_rslora": True, "lora_alpha": 3},
     "some layers": {"layers_to_transform": [1]},
     "dropout": {"lora_dropout": 0.5, "init_lora_weights": "gaussian"},

@@ -16,6 +16,7 @@ from qwenkit.weights.gguf_model import GgufCheckpoint
 from tests.tiny_models import CHAT_TEMPLATE, EOS, IM_END, SPECIAL_TOKENS, write_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+ENDS = (IM_END, EOS)
 
 
 def write(folder: Path, name: str, value: Any) -> None:
@@ -45,20 +46,38 @@ def test_the_tokenizer_is_read_once(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"generation_config.json": {"eos_token_id": [4, 2, 4]}, "config.json": {"eos_token_id": 9}}, (4, 2)),
-        ({"generation_config.json": {"eos_token_id": 3}}, (3,)),
-        ({"generation_config.json": {}, "config.json": {"eos_token_id": 9}}, (9,)),
-        ({"config.json": {"eos_token_id": [0, 9]}}, (0, 9)),
-        ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, (IM_END,)),
-        ({"tokenizer_config.json": {"eos_token": {"content": "<|endoftext|>"}}}, (EOS,)),
-        ({"tokenizer_config.json": {"eos_token": "<|unheard of|>"}}, ()),
-        ({}, ()),
+        ({"generation_config.json": {"eos_token_id": [4, 2, 4]}, "config.json": {"eos_token_id": 9}}, (4, 2, 9, *ENDS)),
+        ({"generation_config.json": {"eos_token_id": 3}}, (3, *ENDS)),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": 9}}, (9, *ENDS)),
+        ({"config.json": {"eos_token_id": [0, 9]}}, (0, 9, *ENDS)),
+        ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, ENDS),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<|endoftext|>"}}}, (EOS, IM_END)),
+        (
+            {"generation_config.json": {"eos_token_id": EOS}, "tokenizer_config.json": {"eos_token": "!"}},
+            (EOS, 0, IM_END),
+        ),
+        ({"tokenizer_config.json": {"eos_token": "<|unheard of|>"}}, ENDS),
+        ({}, ENDS),
     ],
 )
 def test_end_tokens(folder: Path, files: dict[str, dict[str, Any]], expected: tuple[int, ...]) -> None:
     for name, value in files.items():
         write(folder, name, value)
     assert open_checkpoint(folder).eos_token_ids == expected
+
+
+def test_ends_of_fill_in_the_middle_are_ends_however_they_are_marked(folder: Path) -> None:
+    data = json.loads((folder / "tokenizer.json").read_text())
+    for id, token in enumerate(("<|fim_prefix|>", "<|fim_pad|>", "<|file_sep|>", "<|repo_name|>"), IM_END + 1):
+        data["added_tokens"].append(data["added_tokens"][0] | {"id": id, "content": token, "special": id % 2 == 0})
+    write(folder, "tokenizer.json", data)
+    assert open_checkpoint(folder).eos_token_ids == (*ENDS, IM_END + 2, IM_END + 3, IM_END + 4)
+
+
+def test_a_folder_without_a_tokenizer_has_the_ends_that_it_names(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    write(folder, "config.json", {"eos_token_id": 9})
+    assert open_checkpoint(folder).eos_token_ids == (9,)
 
 
 @pytest.mark.parametrize("value", ["2", [2, "3"], True, -1, {"a": 1}])
@@ -79,7 +98,7 @@ def test_qwen1_chat_and_base(folder: Path) -> None:
         open_checkpoint(folder).chat()
     write(folder, "generation_config.json", {"chat_format": "raw", "eos_token_id": EOS})
     assert open_checkpoint(folder).chat() is None
-    assert open_checkpoint(folder).eos_token_ids == (EOS,)
+    assert open_checkpoint(folder).eos_token_ids == (EOS, IM_END)
 
 
 def test_templates(folder: Path) -> None:

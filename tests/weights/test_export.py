@@ -69,6 +69,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "bias": {"bias": "all"},
     "head": {"target_modules": ["lm_head", "v_proj"]},
+    "norm means every norm": {"modules_to_save": ["norm"]},
+    "taken away": {"lora_alpha": -8},
     "embedding alone": {"modules_to_save": ["embed_tokens"]},
 }
 

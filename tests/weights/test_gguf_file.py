@@ -147,10 +147,10 @@ def test_damaged_scales_warn_nobody(tmp_path: Path) -> None:
 
 
 def test_another_type_is_named(tmp_path: Path) -> None:
-    blocks = np.zeros((2, 136), dtype=np.uint8)
-    path = write(tmp_path / "x.gguf", {"blk.0.ffn_up.weight": (blocks, "IQ4_XS")})
+    blocks = np.zeros((2, 66), dtype=np.uint8)
+    path = write(tmp_path / "x.gguf", {"blk.0.ffn_up.weight": (blocks, "TQ2_0")})
     with pytest.raises(
-        ValueError, match=r"blk\.0\.ffn_up\.weight has type IQ4_XS; known types are F32, F16, BF16, Q4_0"
+        ValueError, match=r"blk\.0\.ffn_up\.weight has type TQ2_0; known types are F32, F16, BF16, Q4_0"
     ):
         read_gguf(path)
 

@@ -114,7 +114,7 @@ def perplexity(
     windows_of([0, 0], context, stride, limit)  # raises for flags out of range before a model is loaded
     text = read_text(data)
     llm = _open(model, settings, context)
-    ids = llm.tokenizer.encode(text)
+    ids = llm.tokenizer.encode_document(text)
     cut = Text(ids, context, stride, limit)
     entries: list[Entry] = []
     if report:

@@ -7,7 +7,7 @@ adapter is left. `routed` says, for one forward pass, which rows use which. Not 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +16,11 @@ import torch
 from qwenkit.linear.lora import AdaptedLinear, LowRank, Routing, features, linears, put
 from qwenkit.model.qwen import Qwen
 from qwenkit.weights.adapter import read_adapter
+from qwenkit.weights.stored import StoredTensor
 
-# Linears that do not see the stream row by row: experts get the tokens that chose them, the head those that sample.
-_NOT_BY_ROW = re.compile(r"lm_head|.*\.experts\..*")
+# Linears that do not see the stream row by row: experts get the tokens that chose them. The head gets those that sample, whose
+# rows the runner tells.
+_NOT_BY_ROW = re.compile(r".*\.experts\..*")
 
 
 class Adapters:
@@ -30,6 +32,8 @@ class Adapters:
         self.model = model
         norm = model.model.norm.weight
         self.device, self.dtype = norm.device, norm.dtype
+        self.stored: Callable[[], Iterable[StoredTensor]] = tuple
+        """The model's own tensors as its files have them, for what peft saves along unchanged."""
         self._keys: dict[str, str] = {}
         self._loads = 0
         self._routing = Routing()
@@ -55,7 +59,7 @@ class Adapters:
             raise ValueError(f"adapter {name!r} is loaded already; unload it before another takes its name")
         places = linears(self.model)
         shapes = {place: features(linear) for place, linear in places.items()}
-        updates = read_adapter(Path(path), shapes, qwen1=self.model.config.model_type == "qwen")
+        updates = read_adapter(Path(path), shapes, qwen1=self.model.config.model_type == "qwen", stored=self.stored)
         wrong = next((place for place in updates if _NOT_BY_ROW.fullmatch(place)), None)
         if wrong is not None:
             raise ValueError(

@@ -40,6 +40,10 @@ class EngineConfig:
     )
     block_size: int = option(16, "tokens in one block of the key/value cache")
     prefix_cache: bool = option(True, "reuse keys and values of prompts that begin alike")
+    chat_template: str | None = option(
+        None,
+        "how conversations are written: a file with a Jinja template, chatml or qwen (default: as the model's files say)",
+    )
     graphs: bool = option(True, "record a decode step once and replay it")
     seed: int | None = option(None, "seed for requests that name none (default: a new one each start)")
 

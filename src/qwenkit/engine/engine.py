@@ -274,7 +274,8 @@ class Engine:
         begin = max(start, len(known) - 1)  # after a preemption some are known already
         for first in range(begin, stop, LOGIT_ROWS):
             places = range(first, min(first + LOGIT_ROWS, stop))
-            logprobs = self.runner.logits(hidden[places.start - start : places.stop - start]).log_softmax(-1)
+            some = hidden[places.start - start : places.stop - start]
+            logprobs = self.runner.logits(some, sequence.adapter).log_softmax(-1)
             for place, values in zip(places, logprobs, strict=True):
                 known.append(describe(values, sequence.tokens[place + 1], sequence.params.prompt_logprobs or 0))
 

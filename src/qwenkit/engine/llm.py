@@ -6,6 +6,7 @@ Not thread-safe: the engine runs inside the calls. A server puts the engine in a
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
@@ -29,9 +30,13 @@ from qwenkit.hub.find import find_model
 from qwenkit.model.context import pack
 from qwenkit.storage import cache_folder
 from qwenkit.text.chat import ChatFormat
+from qwenkit.text.chatml import CHATML
 from qwenkit.weights.checkpoint import open_checkpoint
-from qwenkit.weights.load import load_model
+from qwenkit.weights.load import load_model, plain_types
 from qwenkit.weights.repacked import load_packed
+from qwenkit.weights.templated import Templated, can_use_chatml, replaced_template
+
+log = logging.getLogger("qwenkit.engine")
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | AbstractSequence[int] | AbstractSequence[Message]
@@ -71,6 +76,8 @@ class LLM:
     ) -> None:
         self.config = _with_settings(config or EngineConfig(), settings)
         checkpoint = open_checkpoint(find_model(str(model), progress=progress))
+        if self.config.chat_template is not None:
+            checkpoint = replaced_template(checkpoint, self.config.chat_template)
         self.default_params = SamplingParams.from_generation_config(checkpoint.generation_config)
         ops.use()
         device = choose_device(self.config.device)
@@ -84,7 +91,18 @@ class LLM:
                 dtype = torch.float32
                 self.model = load_packed(checkpoint, weights, cache_folder() / "packed", progress=progress)
         self.tokenizer = tokenizer.result()
+        if self.config.weights == self.config.dtype == "auto" and (weights == "bf16" or dtype == torch.bfloat16):
+            wider = [name for name in plain_types(checkpoint) if name != "bfloat16"]
+            if wider:
+                log.warning(
+                    "%s has weights in %s, which are rounded to bfloat16; --weights float --dtype float32 keeps their values",
+                    checkpoint.path,
+                    " and ".join(wider),
+                )
         self.chat_format: ChatFormat | None = checkpoint.chat()
+        if self.chat_format is None and can_use_chatml(self.tokenizer):
+            self.chat_format = Templated(checkpoint, CHATML).chat()
+            log.warning("%s has no chat template, so ChatML is used; --chat-template gives another", checkpoint.path)
         give_back_heap()
         cache_dtype = choose_cache_dtype(self.config, weights, dtype)
         num_blocks, self.max_model_len = plan_cache(self.model.config, self.config, cache_dtype, device)
@@ -104,6 +122,7 @@ class LLM:
             eos_ids=checkpoint.eos_token_ids,
             defaults=self.default_params,
         )
+        runner.adapters.stored = checkpoint.tensors
         for name, path in (lora or {}).items():
             self.engine.load_adapter(name, path)
         self._inbox: dict[int, deque[Delta]] = {}
@@ -122,11 +141,13 @@ class LLM:
         unless `allow_special`. Raises ValueError when the template refuses the messages or the context cannot hold the prompt.
         """
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, allow_special=allow_special)
+            ids = self.tokenizer.encode_document(prompt, allow_special=allow_special)
         elif all(isinstance(item, int) for item in prompt):
             ids = list(prompt)  # type: ignore[arg-type]
         elif self.chat_format is None:
-            raise ValueError("the model has no chat template, so it takes a prompt as text, not as messages")
+            raise ValueError(
+                "the model has no chat template, so it takes a prompt as text, not as messages; --chat-template gives one"
+            )
         else:
             messages: AbstractSequence[Message] = prompt  # type: ignore[assignment]
             return self._fitting(self.chat_format.render(messages, tools=tools, **variables).ids)
@@ -213,7 +234,7 @@ class LLM:
     def score(self, texts: str | AbstractSequence[str | AbstractSequence[int]]) -> list[Score]:
         """Log-likelihood of every token of each text (or list of token ids) under the model, without sampling."""
         many: Any = [texts] if isinstance(texts, str) else texts
-        documents = [self.tokenizer.encode(text) if isinstance(text, str) else list(text) for text in many]
+        documents = [self.tokenizer.encode_document(text) if isinstance(text, str) else list(text) for text in many]
         for place, document in enumerate(documents):
             if not document:
                 raise ValueError(f"text {place} is empty, at least one token is needed")

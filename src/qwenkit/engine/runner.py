@@ -76,9 +76,11 @@ class Runner:
         batch = Batch.of(rows, self.caches, self.device)
         with self.adapters.routed((row.sequence.adapter, row.num_tokens) for row in rows):
             hidden = self.model(batch.ids, batch.positions, batch.ctx)
-        return Computed(self.model.logits(hidden[batch.last_rows]), hidden)
+        with self.adapters.routed((row.sequence.adapter, 1) for row in rows if row.samples):
+            return Computed(self.model.logits(hidden[batch.last_rows]), hidden)
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (N, hidden_size) -> fp32 logits (N, vocab_size)."""
-        return self.model.logits(hidden)
+    def logits(self, hidden: torch.Tensor, adapter: str | None = None) -> torch.Tensor:
+        """hidden (N, hidden_size) -> fp32 logits (N, vocab_size), with the head's update of the adapter of that key."""
+        with self.adapters.routed([(adapter, hidden.shape[0])]):
+            return self.model.logits(hidden)

@@ -29,7 +29,8 @@ class Comparison:
 def check_vocabularies(reference: LLM, variant: LLM, text: str) -> None:
     """ValueError where two models would not read a text as the same tokens out of the same vocabulary."""
     sizes = [llm.model.config.vocab_size for llm in (reference, variant)]
-    if sizes[0] != sizes[1] or reference.tokenizer.encode(text) != variant.tokenizer.encode(text):
+    ids = [llm.tokenizer.encode_document(text) for llm in (reference, variant)]
+    if sizes[0] != sizes[1] or ids[0] != ids[1]:
         raise ValueError("report compares models with one vocabulary, but the two read the text as different tokens")
 
 

@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import httpx
 
-from qwenkit.hub.verify import SUMS, KnownFile, byte_bar, compare, hash_file, is_plain_path
+from qwenkit.hub.verify import SUMS, KnownFile, byte_bar, compare, hash_file, is_complete, is_plain_path
 from qwenkit.storage import atomic_replace, locked, write_text
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,12 @@ class _StoppedError(Exception):
     """Another file's failure, or Ctrl-C, ended this download."""
 
 
-def choose_files(files: list[KnownFile], repo: str) -> list[KnownFile]:
+def choose_files(files: list[KnownFile], repo: str, quant: str | None = None) -> list[KnownFile]:
     """The files of a repository that make up its model: weights, configuration, tokenizer; small ones first.
 
-    Only the top level counts. Pickled weights (`pytorch_model*.bin`) are taken where there is nothing else, code never.
-    Raises ValueError for a listing with names that lead out of a folder, and for one without weights.
+    With `quant` its one GGUF of that name, all parts of it in order. Only the top level counts. Pickled weights
+    (`pytorch_model*.bin`) are taken where there is nothing else, code never. Raises ValueError for a listing with names that
+    lead out of a folder, and for one without weights or without that GGUF.
     """
     for file in files:
         digests = re.fullmatch(r"([0-9a-fA-F]{64})?-([0-9a-fA-F]{40})?", f"{file.sha256 or ''}-{file.git_sha1 or ''}")
@@ -57,13 +59,58 @@ def choose_files(files: list[KnownFile], repo: str) -> list[KnownFile]:
             what = "a checksum that is none" if is_plain_path(file.path) else "a file name that leads out of its folder"
             raise ValueError(f"{repo} lists {what}: {file.path!r}; nothing was downloaded")
     top = [file for file in files if "/" not in file.path]
+    if quant is not None:
+        names = choose_gguf([file.path for file in top], repo, quant)
+        return sorted((file for file in top if file.path in names), key=lambda file: file.path)
     for weights in ("*.safetensors", "pytorch_model*.bin"):
         if any(fnmatchcase(file.path, weights) for file in top):
             chosen = [file for file in top if any(fnmatchcase(file.path, pattern) for pattern in (*_DATA, weights))]
             return sorted(chosen, key=lambda file: (file.size or 0, file.path))
-    gguf = [file.path for file in top if file.path.endswith(".gguf")]
-    there = f"only GGUF files ({', '.join(gguf)}): download one of them and name the file" if gguf else "no weights"
-    raise ValueError(f"{repo} has no *.safetensors and no pytorch_model*.bin at its top level, {there}")
+    named = _quants([file.path for file in top])
+    there = f"only GGUF files: name one of them, as {' or '.join(f'{repo}:{name}' for name in named)}" if named else ""
+    raise ValueError(
+        f"{repo} has no *.safetensors and no pytorch_model*.bin at its top level, {there or 'and no other weights'}"
+    )
+
+
+def choose_gguf(names: list[str], repo: str, quant: str) -> list[str]:
+    """The file, or all parts, of the GGUF whose name ends in `quant` (q4_k_m, in letters of any size).
+
+    ValueError, naming those that there are, where it is none or not all of one.
+    """
+    found = _quants(names)
+    chosen = [each for name, each in found.items() if name.lower() == quant.lower()]
+    if len(chosen) != 1:
+        there = ", ".join(f"{repo}:{name}" for name in found) or "none at all"
+        raise ValueError(f"{repo}:{quant} names {len(chosen)} GGUF files; there are: {there}")
+    parts = [int(match[2]) for name in chosen[0] if (match := _PARTS.fullmatch(name)) and match[2]]
+    if parts and len(chosen[0]) != parts[0]:
+        raise ValueError(f"{repo}:{quant} comes in {parts[0]} parts, but only {len(chosen[0])} are there")
+    return chosen[0]
+
+
+_PARTS = re.compile(r"(.+?)(?:-\d{5}-of-(\d{5}))?\.gguf", re.IGNORECASE)
+
+
+def _quants(names: list[str]) -> dict[str, list[str]]:
+    """The GGUFs among file names, each with its parts in order, by the last word of its name; by all of it where two share it."""
+    whole: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if match := _PARTS.fullmatch(name):
+            whole.setdefault(match[1], []).append(name)
+    words = {stem: re.split(r"[-.]", stem)[-1] for stem in whole}
+    counts = Counter(word.lower() for word in words.values())
+    return {words[stem] if counts[words[stem].lower()] == 1 else stem: parts for stem, parts in whole.items()}
+
+
+def cached_in(folder: Path, repo: str, quant: str | None) -> Path | None:
+    """The folder if a whole model lies in it, or with `quant` the first file of that GGUF."""
+    if quant is None:
+        return folder if is_complete(folder) else None
+    try:
+        return folder / choose_gguf([path.name for path in folder.glob("*.gguf") if path.is_file()], repo, quant)[0]
+    except ValueError:
+        return None
 
 
 def copy_without_hub(error: ConnectionError, cached: Path | None) -> Path:

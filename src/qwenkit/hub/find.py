@@ -25,7 +25,7 @@ from qwenkit.storage import new_file
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}"
 _FORMS = (
     f"the folder of a model, a .gguf file, {smollm2.ALIAS} (the small default model), "
-    "or a hub id: org/name or hf:org/name (Hugging Face), ms:org/name (ModelScope)"
+    "or a hub id: org/name or hf:org/name (Hugging Face), ms:org/name (ModelScope), with :q4_k_m one GGUF of a repository"
 )
 
 
@@ -35,6 +35,8 @@ class _Repo:
 
     on_modelscope: bool
     name: str
+    quant: str | None = None
+    """The one GGUF of the repository that is meant; None: all of its model."""
 
     @property
     def hub(self) -> ModuleType:
@@ -44,11 +46,11 @@ class _Repo:
         return modelscope if self.on_modelscope else huggingface
 
     def find_cached(self, revision: str | None) -> Path | None:
-        found: Path | None = self.hub.find_cached(self.name, revision)
+        found: Path | None = self.hub.find_cached(self.name, revision, self.quant)
         return found
 
     def pull(self, revision: str | None, into: Path | None, progress: bool) -> Path:
-        pulled: Path = self.hub.pull(self.name, revision, into, progress=progress)
+        pulled: Path = self.hub.pull(self.name, revision, into, progress=progress, quant=self.quant)
         return pulled
 
     def list_files(self, revision: str | None) -> list[KnownFile]:
@@ -118,7 +120,7 @@ def check_model(folder: Path, name: str | None = None, *, revision: str | None =
 
         repo = _parse(name)
         with _told():
-            against = choose_files(repo.list_files(revision), name)
+            against = choose_files(repo.list_files(revision), name, repo.quant)
     elif revision is not None:
         raise ValueError("--revision names a version on a hub: give the hub's id after the folder too")
     report = verify_folder(folder, against=against, progress=progress)
@@ -138,9 +140,9 @@ def _parse(name: str) -> _Repo:
         if Path(name).expanduser().exists():
             raise ValueError(f"{name!r} is on this disk already; a hub's model is named org/name or ms:org/name")
         raise FileNotFoundError(f"there is no file or folder {name!r}; a model is named by {_FORMS}")
-    match = re.fullmatch(rf"(?:(hf|ms):)?({_PART}/{_PART})", name, re.ASCII)
+    match = re.fullmatch(rf"(?:(hf|ms):)?({_PART}/{_PART})(?::({_PART}))?", name, re.ASCII)
     if match:
-        return _Repo(match[1] == "ms", match[2])
+        return _Repo(match[1] == "ms", match[2], match[3])
     near = difflib.get_close_matches(name.lower(), [smollm2.ALIAS], cutoff=0.6)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ValueError(f"{name!r} names no model{hint}: a model is named by {_FORMS}")

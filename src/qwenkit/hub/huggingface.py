@@ -2,19 +2,18 @@
 
 In: a repository's id. Out: its listing with checksums, or a local folder with its files, each compared with the listing.
 Without a folder of the user's choice the files go into huggingface_hub's own cache, which other programs share; the bytes
-are fetched by `fetch` (it resumes), then huggingface_hub puts its links in place.
+are fetched by `fetch` (it resumes), then linked as huggingface_hub links them.
 """
 
 from __future__ import annotations
 
-import glob
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import HfApi, constants, hf_hub_url
@@ -28,10 +27,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-from tqdm import tqdm
 
-from qwenkit.hub.fetch import Download, choose_files, copy_without_hub, fetch, write_sums
-from qwenkit.hub.verify import KnownFile, compare, is_complete
+from qwenkit.hub.fetch import Download, cached_in, choose_files, copy_without_hub, fetch, write_sums
+from qwenkit.hub.verify import KnownFile
+from qwenkit.storage import write_text
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -44,7 +43,7 @@ class Listing:
     files: list[KnownFile]
 
 
-def find_cached(name: str, revision: str | None) -> Path | None:
+def find_cached(name: str, revision: str | None, quant: str | None = None) -> Path | None:
     """The snapshot of a repository in huggingface_hub's cache if a whole model lies there; no network."""
     storage = _storage(name)
     commit = revision or constants.DEFAULT_REVISION
@@ -54,7 +53,7 @@ def find_cached(name: str, revision: str | None) -> Path | None:
             return None
         commit = ref.read_text("utf-8").strip()
     folder = storage / "snapshots" / commit
-    return folder if is_complete(folder) else None
+    return cached_in(folder, name, quant)
 
 
 def list_files(name: str, revision: str | None) -> list[KnownFile]:
@@ -78,7 +77,7 @@ def _list(name: str, revision: str | None) -> Listing:
         return Listing(commit, files)
 
 
-def pull(name: str, revision: str | None, into: Path | None, *, progress: bool) -> Path:
+def pull(name: str, revision: str | None, into: Path | None, *, progress: bool, quant: str | None = None) -> Path:
     """Bring a model here, or bring it up to date, and compare every file with the hub's checksums.
 
     Files already there are compared too, and fetched again where they differ. When the hub cannot be reached a whole copy
@@ -89,8 +88,8 @@ def pull(name: str, revision: str | None, into: Path | None, *, progress: bool) 
     try:
         listing = _list(name, revision)
     except ConnectionError as error:
-        return copy_without_hub(error, find_cached(name, revision) if into is None else None)
-    chosen = choose_files(listing.files, name)
+        return copy_without_hub(error, find_cached(name, revision, quant) if into is None else None)
+    chosen = choose_files(listing.files, name, quant)
     if into is not None:
         places = {file: into / file.path for file in chosen}
     else:
@@ -106,30 +105,32 @@ def pull(name: str, revision: str | None, into: Path | None, *, progress: bool) 
     ]
     fetch(downloads, build_hf_headers(), title=name, progress=progress)
     if into is None:
-        return _link(name, revision, listing.commit, places)
-    write_sums(into, chosen)
-    return into
+        into = _link(name, revision, listing.commit, places)
+    else:
+        write_sums(into, chosen)
+    return into if quant is None else into / chosen[0].path
 
 
 def _link(name: str, revision: str | None, commit: str, places: dict[KnownFile, Path]) -> Path:
-    """Let huggingface_hub give the blobs their names in a snapshot, and make sure that it took these blobs."""
-    with _explained(name, revision):
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision or constants.DEFAULT_REVISION,
-                allow_patterns=[glob.escape(file.path) for file in places],
-                cache_dir=constants.HF_HUB_CACHE,
-                endpoint=_endpoint(),
-                tqdm_class=_NoBar,  # type: ignore[arg-type]
-            )
-        )
-    if folder.name != commit:
-        raise ValueError(f"{name} was changed on the hub while it was downloaded: run the same command again")
+    """Give the blobs their names in a snapshot as huggingface_hub does, without asking the hub: a mirror may redirect requests
+    for files without saying which commit they are of. The bytes were compared with the listing."""
+    folder = _storage(name) / "snapshots" / commit
     for file, place in places.items():
-        wrong = None if os.path.samefile(folder / file.path, place) else compare(folder / file.path, file)
-        if wrong is not None:
-            raise ValueError(f"{file.path}: {wrong}")
+        named = folder / file.path
+        if named == place:
+            continue
+        named.parent.mkdir(parents=True, exist_ok=True)
+        beside = named.with_name(f"{named.name}.{os.getpid()}.part")
+        beside.unlink(missing_ok=True)
+        try:
+            beside.symlink_to(os.path.relpath(place, named.parent))
+        except OSError:  # a file system, or a user of Windows, without links
+            shutil.copyfile(place, beside)
+        os.replace(beside, named)
+    if not _COMMIT.fullmatch(revision or constants.DEFAULT_REVISION):
+        ref = _storage(name) / "refs" / (revision or constants.DEFAULT_REVISION)
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        write_text(ref, commit)
     return folder
 
 
@@ -183,10 +184,3 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class _NoBar(tqdm):
-    """huggingface_hub's bars, silenced: `fetch` shows one over all bytes."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "disable": True})

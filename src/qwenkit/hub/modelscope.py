@@ -11,18 +11,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qwenkit.hub.fetch import Download, choose_files, copy_without_hub, fetch, write_sums
-from qwenkit.hub.verify import KnownFile, is_complete
+from qwenkit.hub.fetch import Download, cached_in, choose_files, copy_without_hub, fetch, write_sums
+from qwenkit.hub.verify import KnownFile
 
 
-def find_cached(name: str, revision: str | None) -> Path | None:
+def find_cached(name: str, revision: str | None, quant: str | None = None) -> Path | None:
     """A whole model of this id among ModelScope's downloads, those of its older client included; no network."""
     owner, _, model = name.partition("/")
     older = model.replace(".", "___")  # clients up to modelscope 1.37 wrote dots so, and kept no revisions apart
     candidates = [_snapshot(name, revision)]
     if revision is None:
         candidates += [_cache() / "models" / owner / older, _cache() / "hub" / "models" / owner / older]
-    return next((folder for folder in candidates if is_complete(folder)), None)
+    found = (cached_in(folder, f"ms:{name}", quant) for folder in candidates)
+    return next((path for path in found if path is not None), None)
 
 
 def list_files(name: str, revision: str | None) -> list[KnownFile]:
@@ -30,7 +31,7 @@ def list_files(name: str, revision: str | None) -> list[KnownFile]:
     return _list(_client(name), name, revision)
 
 
-def pull(name: str, revision: str | None, into: Path | None, *, progress: bool) -> Path:
+def pull(name: str, revision: str | None, into: Path | None, *, progress: bool, quant: str | None = None) -> Path:
     """Bring a model here, or bring it up to date, and compare every file with the hub's checksums.
 
     Files already there are compared too, and fetched again where they differ. When the hub cannot be reached a whole copy
@@ -42,8 +43,8 @@ def pull(name: str, revision: str | None, into: Path | None, *, progress: bool) 
     try:
         files = _list(client, name, revision)
     except ConnectionError as error:
-        return copy_without_hub(error, find_cached(name, revision) if into is None else None)
-    chosen = choose_files(files, f"ms:{name}")
+        return copy_without_hub(error, find_cached(name, revision, quant) if into is None else None)
+    chosen = choose_files(files, f"ms:{name}", quant)
     folder = into if into is not None else _snapshot(name, revision)
     downloads = [
         Download(
@@ -61,7 +62,7 @@ def pull(name: str, revision: str | None, into: Path | None, *, progress: bool) 
     fetch(downloads, headers, title=name, progress=progress)
     if into is not None:
         write_sums(into, chosen)
-    return folder
+    return folder if quant is None else folder / chosen[0].path
 
 
 def _list(client: Any, name: str, revision: str | None) -> list[KnownFile]:

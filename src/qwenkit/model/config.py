@@ -102,6 +102,10 @@ class ModelConfig:
             raise FieldError("num_attention_heads", heads, f"at most hidden_size, {hidden_size}", source=SOURCE)
         no_groups = "num_key_value_heads" in config and config["num_key_value_heads"] is None
         attention_bias = keys["attention_bias"]
+        rope = RopeConfig.from_keys(keys, head_dim=head_dim)
+        context = keys["max_position_embeddings"]
+        if rope.kind == "yarn":  # whose length the file keeps as that of training
+            context = max(context, int(rope.factor * rope.original_length))
         return cls(
             model_type=model_type,
             vocab_size=keys["vocab_size"],
@@ -111,8 +115,8 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=(None if no_groups else keys["num_key_value_heads"]) or heads,
             head_dim=head_dim,
-            max_position_embeddings=keys["max_position_embeddings"],
-            rope=RopeConfig.from_keys(keys, head_dim=head_dim),
+            max_position_embeddings=context,
+            rope=rope,
             rms_norm_eps=float(keys["rms_norm_eps"]),
             qkv_bias={"qwen2": True, "qwen2_moe": keys["qkv_bias"]}.get(model_type, attention_bias),
             o_bias=attention_bias and not model_type.startswith("qwen2"),

@@ -13,7 +13,7 @@ from typing import Any
 METHODS = ("gptq", "rtn")
 BITS = (4, 8)
 GROUPS = (32, 64, 128, -1)
-FORMATS = ("gptq", "gptq_v2")
+FORMATS = ("auto", "gptq", "gptq_v2")
 NARROWEST = 32  # packed weights hold whole runs of so many inputs
 
 
@@ -47,7 +47,11 @@ class QuantConfig:
     samples: int = _option(128, "calibration samples")
     length: int = _option(512, "tokens of a calibration sample, at most")
     seed: int = _option(0, "which samples are taken")
-    format: str = _option("gptq", "layout of the files: gptq (zero points stored less one, read everywhere) or gptq_v2")
+    format: str = _option(
+        "auto",
+        "layout of the files: gptq (zero points stored less one) or gptq_v2 (auto: gptq, which every reader knows; without sym "
+        "gptq_v2, since GPTQModel refuses the other)",
+    )
     device: str = _option("auto", "where to compute: auto, cpu, cuda, cuda:1")
 
     def __post_init__(self) -> None:
@@ -69,7 +73,12 @@ class QuantConfig:
             raise ValueError(f"mse is {self.mse}, allowed are 0 (off) and 1 to 8")
 
     def fitted(self, shapes: Mapping[str, tuple[int, int]]) -> QuantConfig:
-        """With a group size for these matrices, name -> (out, in). ValueError naming the first that the layout cannot hold."""
+        """With a format, and a group size for these matrices, name -> (out, in).
+
+        ValueError naming the first matrix that the layout cannot hold.
+        """
+        if self.format == "auto":
+            return replace(self, format="gptq" if self.sym else "gptq_v2").fitted(shapes)
         per_word = 32 // self.bits
         for name, (outputs, inputs) in shapes.items():
             if inputs % NARROWEST or outputs % per_word:

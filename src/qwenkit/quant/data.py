@@ -34,7 +34,8 @@ def calibration_documents(
     chat = checkpoint.chat()
     chats: list[list[int]] = []
     stream: list[int] = []
-    separator = list(checkpoint.eos_token_ids[-1:])
+    end_of_text = tokenizer.special_tokens.get("<|endoftext|>")
+    separator = list(checkpoint.eos_token_ids[:1] if end_of_text is None else [end_of_text])
     shuffled = random.Random(seed)
     records = list(_records(path or DEFAULT))
     shuffled.shuffle(records)
@@ -48,7 +49,7 @@ def calibration_documents(
                 chats.append(ids)
         else:
             text = record if isinstance(record, str) else "\n".join(message["content"] for message in record)
-            stream += (separator if stream else []) + tokenizer.encode(text)
+            stream += (separator if stream else []) + tokenizer.encode_document(text)
         if len(chats) >= samples or len(stream) >= 4 * samples * length:
             break
     pieces = [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]

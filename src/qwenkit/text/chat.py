@@ -90,21 +90,41 @@ class JinjaChat:
         for index, tool in enumerate(tools or ()):
             if not isinstance(tool, Mapping):
                 raise ValueError(f"tools[{index}] is a {type(tool).__name__}, not an object describing a function")
-        try:
-            given = {
-                "documents": None,
-                **variables,
-                "messages": checked_messages(messages),
-                "tools": None if tools is None else list(tools),
-            }
-            given = {name: self._disguise.put_on(value, name) for name, value in given.items()}
-        except RecursionError:
-            raise ValueError("messages or tools are nested too deeply") from None
-        text = self._template.render(self._variables | given | {"add_generation_prompt": add_generation_prompt})
-        ids, generated = self._encode(text, max_tokens)
+        checked = checked_messages(messages)
+        others = {"documents": None, **variables, "tools": None if tools is None else list(tools)}
+        ids, generated = self._encode(self._text(checked, others, add_generation_prompt), max_tokens)
         if self._is_chatml:
             return Rendered(ids, chatml_mask(self._tokenizer, ids))
         return Rendered(ids, generated if self._template.marks_generation else None)
+
+    def _text(self, messages: list[dict[str, Any]], others: dict[str, Any], add_generation_prompt: bool) -> str:
+        """The rendered text. Content that is null stays null for templates that ask whether it is none; for one that fails
+        on it, or writes it out as the word None, it is an empty text."""
+        empty = [message | {"content": ""} if message["content"] is None else message for message in messages]
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            try:
+                given = {
+                    name: self._disguise.put_on(value, name)
+                    for name, value in ({"messages": messages} | others).items()
+                }
+            except RecursionError:
+                raise ValueError("messages or tools are nested too deeply") from None
+            return self._template.render(self._variables | given | {"add_generation_prompt": add_generation_prompt})
+
+        if all(message["content"] is not None for message in messages):
+            return render(messages)
+        try:
+            text = render(messages)
+        except ValueError:
+            return render(empty)
+        if "None" not in text:
+            return text
+        try:
+            without = render(empty)
+        except ValueError:
+            return text
+        return text if text.count("None") <= without.count("None") else without
 
     def _encode(self, text: str, max_tokens: int | None) -> tuple[list[int], list[bool]]:
         """Ids of a rendered text, and which of them lie in {% generation %} blocks."""
@@ -174,6 +194,9 @@ def chatml_mask(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
 def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copies of `messages` with every content as text and tool-call arguments as objects.
 
+    The content of an assistant that calls tools may be None. A thought called `reasoning` or `thinking` is there as
+    `reasoning_content` too, the name that templates of Qwen read.
+
     Raises ValueError naming the message and the field: a role other than those of `ROLES`, a content that is neither
     text nor a list of text parts, or none where one is needed.
     """
@@ -190,9 +213,12 @@ def _checked_message(message: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise ValueError(f"{name}.role is {role!r}, allowed are {', '.join(ROLES)}")
     calls = message.get("tool_calls")
     content = message.get("content")
-    if content is None and role == "assistant" and calls:
-        content = ""
-    checked = {**message, "content": _joined_text(content, f"{name}.content")}
+    null = content is None and role == "assistant" and calls
+    checked = {**message, "content": None if null else _joined_text(content, f"{name}.content")}
+    if role == "assistant" and message.get("reasoning_content") is None:
+        thought = next((message[key] for key in ("reasoning", "thinking") if isinstance(message.get(key), str)), None)
+        if thought is not None:
+            checked["reasoning_content"] = thought
     if calls is not None:
         if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
             raise ValueError(f"{name}.tool_calls is not a list of objects")

@@ -51,7 +51,7 @@ class Qwen1Chat:
         together and the prompt ends in "Thought:". Tools that stood in a turn left out are told with the query.
         `max_tokens` holds for each turn: those left out count nothing together.
         """
-        checked = checked_messages(messages)
+        checked = [message | {"content": message["content"] or ""} for message in checked_messages(messages)]
         system = checked.pop(0)["content"] if checked[0]["role"] == "system" else DEFAULT_SYSTEM
         offset = len(messages) - len(checked)
         if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in checked):

@@ -17,6 +17,9 @@ from qwenkit.text.added_tokens import AddedToken, AddedTokenMatcher
 from qwenkit.text.encoder import Encoder
 from qwenkit.text.vocabulary import Vocabulary
 
+# The end of a turn, of a text, and what follows the middle in a file or a repository given for fill-in-the-middle.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|fim_pad|>", "<|file_sep|>", "<|repo_name|>")
+
 
 class TokenLimitError(ValueError):
     """A text has more tokens than the caller wants; it was not tokenized to its end."""
@@ -32,6 +35,8 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary) -> None:
         added = self._added = tuple(vocabulary.added)
         self._encoder = vocabulary.encoder
+        self.prefix = vocabulary.prefix
+        """Ids that the files put before every text; `encode_document` does."""
         self.added_tokens = {token.content: token.id for token in added}
         """Tokens found in text before any merging, control tokens included, text -> id."""
         self.special_tokens = {token.content: token.id for token in added if token.special}
@@ -70,28 +75,36 @@ class Tokenizer:
 
     @classmethod
     def from_bpe(
-        cls, tokens: Sequence[str], merges: Sequence[str], token_types: Sequence[int] | None, pre: str
+        cls,
+        tokens: Sequence[str],
+        merges: Sequence[str],
+        token_types: Sequence[int] | None,
+        pre: str,
+        prefix: tuple[int, ...] = (),
     ) -> "Tokenizer":
         """The byte-level BPE vocabulary embedded in a GGUF file.
 
         tokens, merges, token_types and pre are the values of tokenizer.ggml.tokens, .merges, .token_type (1 normal,
-        3 control, 4 user-defined, 5 unused; None: tokens written <|like this|> are control tokens) and .pre.
+        3 control, 4 user-defined, 5 unused; None: tokens written <|like this|> are control tokens) and .pre; prefix are the ids
+        that the file puts before every text.
         Raises ValueError for a `pre` that is not known, and for lists that do not fit together.
         """
-        return cls(vocabulary.from_gguf_lists(tokens, merges, token_types, pre))
+        return cls(replace(vocabulary.from_gguf_lists(tokens, merges, token_types, pre), prefix=prefix))
 
     def to_json(self) -> dict[str, Any]:
         """All that another process needs to tokenize alike, as JSON; see `from_json`."""
         added = {token.id for token in self._added}
         ordinary = [[id, token.hex()] for id, token in enumerate(self._bytes) if token and id not in added]
-        return {"ordinary": ordinary, "added": [asdict(t) for t in self._added], "encoder": self._encoder.to_json()}
+        return {"ordinary": ordinary, "added": [asdict(t) for t in self._added], "encoder": self._encoder.to_json()} | {
+            "prefix": list(self.prefix)
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Tokenizer":
         """The tokenizer that another process of ours has written with `to_json`; nothing in it is checked again."""
         ordinary = {id: bytes.fromhex(token) for id, token in data["ordinary"]}
         added = [AddedToken(**token) for token in data["added"]]
-        return cls(Vocabulary(ordinary, added, Encoder.from_json(data["encoder"])))
+        return cls(Vocabulary(ordinary, added, Encoder.from_json(data["encoder"]), tuple(data["prefix"])))
 
     def encode(self, text: str, *, allow_special: bool = False, max_tokens: int | None = None) -> list[int]:
         """Ids of `text`, with nothing added before or after it.
@@ -109,6 +122,14 @@ class Tokenizer:
             if max_tokens is not None and len(ids) > max_tokens:
                 raise TokenLimitError(max_tokens)
         return ids
+
+    def encode_document(self, text: str, *, allow_special: bool = False, max_tokens: int | None = None) -> list[int]:
+        """Ids of a text that stands alone, a prompt or a document: `encode`, after what the files put before every text.
+
+        Chat templates write their own first token, so what they render is encoded with `encode`. Raises what `encode` does.
+        """
+        room = None if max_tokens is None else max_tokens - len(self.prefix)
+        return [*self.prefix, *self.encode(text, allow_special=allow_special, max_tokens=room)]
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text` in which every added token is spelled out, <think> and <tool_call> too."""
@@ -148,6 +169,13 @@ class Tokenizer:
         """The id of the added token, or else of the ordinary token, that reads exactly `token`; None without one."""
         added = self.added_tokens.get(token)
         return self._ordinary_ids.get(token.encode("utf-8", "replace")) if added is None else added
+
+    def end_ids(self) -> tuple[int, ...]:
+        """The added tokens that end an answer in every family of Qwen, in the order of `END_TOKENS`.
+
+        Files mark those of fill-in-the-middle as control tokens or as plain added ones.
+        """
+        return tuple(self.added_tokens[token] for token in END_TOKENS if token in self.added_tokens)
 
     def is_special(self, id: int) -> bool:
         """Whether `id` is a control token."""

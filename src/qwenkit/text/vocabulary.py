@@ -10,7 +10,7 @@ import base64
 import binascii
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -46,6 +46,8 @@ class Vocabulary:
     ordinary: Mapping[int, bytes]
     added: Sequence[AddedToken]
     encoder: Encoder
+    prefix: tuple[int, ...] = ()
+    """Ids that the files put before every text."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ GGUF_SCHEMES = {
     "smollm": Scheme(digits=True),
     "llama-bpe": Scheme(LLAMA3_PATTERN, ignore_merges=True),
 }
+# Other names that llama.cpp has for the same cutting.
+GGUF_SCHEMES |= dict.fromkeys(("deepseek-r1-qwen", "kormo", "megrez", "f2llmv2"), GGUF_SCHEMES["qwen2"])
+GGUF_SCHEMES |= dict.fromkeys(("llama3", "llama-v3"), GGUF_SCHEMES["llama-bpe"])
 
 
 def read_folder(folder: Path) -> Vocabulary:
@@ -154,7 +159,24 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
     shell = _library(lambda: Tokenizer.from_str(json.dumps(frame)), str(path))
     assert shell.pre_tokenizer is not None
     steps = Steps(shell.normalizer, shell.pre_tokenizer, bool(model.get("ignore_merges")), cuts, max_whole)
-    return _byte_level(vocab, _merge_pairs(merges, str(path)), added, steps, str(path))
+    found = _byte_level(vocab, _merge_pairs(merges, str(path)), added, steps, str(path))
+    return replace(found, prefix=_post_processor_prefix(data.get("post_processor"), str(path)))
+
+
+def _post_processor_prefix(post_processor: Any, source: str) -> tuple[int, ...]:
+    """Ids that a tokenizer.json's post-processor puts before a text, as the library puts them before one token."""
+    if post_processor is None:
+        return ()
+    frame = {
+        "version": "1.0",
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+        "post_processor": post_processor,
+    }
+    encoding = _library(lambda: Tokenizer.from_str(json.dumps(frame)).encode("a"), source)
+    place = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else len(encoding.ids)
+    for token, id in zip(encoding.tokens[:place], encoding.ids[:place], strict=True):
+        _check_id(token, id, source)
+    return tuple(encoding.ids[:place])
 
 
 def known_cuts(normalizer: Any, pre_tokenizer: Any) -> Cuts | None:
@@ -195,9 +217,12 @@ def _read_vocab_and_merges(folder: Path) -> Vocabulary:
     path = folder / "merges.txt"
     lines = _read_text(path).replace("\r\n", "\n").split("\n")
     merges = _merge_pairs([line for line in lines if line and not line.startswith("#version:")], str(path))
-    return _byte_level(
-        vocab, merges, _added_of_config(folder, config), QWEN2_SCHEME.steps(), str(folder / "vocab.json")
-    )
+    added = _added_of_config(folder, config)
+    found = _byte_level(vocab, merges, added, QWEN2_SCHEME.steps(), str(folder / "vocab.json"))
+    bos = config.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    ids = [token.id for token in added if token.content == bos]
+    return replace(found, prefix=tuple(ids) if config.get("add_bos_token") is True else ())
 
 
 def _added_of_config(folder: Path, config: Mapping[str, Any]) -> list[AddedToken]:

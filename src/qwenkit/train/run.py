@@ -109,6 +109,10 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
         say(
             "dtype is float16: activations of Qwen models exceed its largest number, 65504, and losses become nan; use bfloat16"
         )
+    if model.config.moe is not None and checkpoint.config.get("output_router_logits") is True:
+        say(
+            "output_router_logits is true, but the balance loss of the router (router_aux_loss_coef) is not added to the loss"
+        )
     goal = _objective(config, checkpoint, model, world)
     flops = ModelFlops.of(model)
     if config.gradient_checkpointing:
@@ -203,7 +207,9 @@ def answers(
 ) -> list[tuple[str, str]]:
     """What the model answers to `sample_prompts` now: the likeliest token each time, all prompts side by side, no cache."""
     prompts = [
-        list(chat.render([{"role": "user", "content": prompt}]).ids) if chat is not None else tokenizer.encode(prompt)
+        list(chat.render([{"role": "user", "content": prompt}]).ids)
+        if chat is not None
+        else tokenizer.encode_document(prompt)
         for prompt in config.sample_prompts
     ]
     texts = [list(prompt) for prompt in prompts]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ _WRAPPERS = re.compile(r"(?<=\.)(base_layer|modules_to_save)\.")  # what peft pu
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte")  # peft writes them where one has an adapter or was resized
 _LARGEST_CONFIG = 1 << 20  # bytes
 _LARGEST_HEADER = 16 << 20  # bytes, added to what the matrices can take
+_COMPARED_ROWS = 1024
 _SERVED = "an adapter that is served"
 # Settings that only training and merging understand.
 _REFUSED_WHEN_SERVED = {"use_dora": "DoRA", "modules_to_save": "whole modules beside the updates"}
@@ -77,9 +78,38 @@ class Adapter:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, qwen1: bool = False) -> dict[str, LowRank]:
-    """The updates of an adapter that has nothing else, as serving needs it; see `read_whole_adapter`."""
-    return _read(folder, shapes, None, qwen1).updates
+def read_adapter(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    qwen1: bool = False,
+    stored: Callable[[], Iterable[StoredTensor]] = tuple,
+) -> dict[str, LowRank]:
+    """The updates of an adapter that changes nothing else, as serving needs it; see `read_whole_adapter`.
+
+    An embedding or a head that peft has saved along is compared with the model's own, which `stored` gives; ValueError where
+    it is another one.
+    """
+    found = _read(folder, shapes, None, qwen1)
+    if found.parameters:
+        own = {tensor.name: tensor for tensor in stored()}
+        for name, tensor in found.parameters.items():
+            original = own.get(name) or own.get("model.embed_tokens.weight")  # a tied head has none of its own
+            if original is None or original.shape != tensor.shape or not _is_unchanged(tensor, original):
+                raise ValueError(
+                    f"{folder / TENSORS} replaces {name}, which is not supported in {_SERVED}: merge it with `qwenkit export`"
+                )
+    return found.updates
+
+
+def _is_unchanged(tensor: torch.Tensor, original: StoredTensor) -> bool:
+    """Whether a tensor (fp32) is the model's own, as it is or rounded to the dtype that peft had loaded it in."""
+    dtypes = {torch.float32, torch.bfloat16, torch.float16}
+    for start in range(0, len(tensor), _COMPARED_ROWS):
+        rows = tensor[start : start + _COMPARED_ROWS]
+        own = original.read(start, start + len(rows))
+        dtypes = {dtype for dtype in dtypes if torch.equal(own.to(dtype).float(), rows)}
+    return bool(dtypes)
 
 
 def read_whole_adapter(
@@ -133,8 +163,8 @@ def _read(
     replaced: dict[str, torch.Tensor] = {}
     for stored in whole:
         for part in translate(stored.name):
-            wanted_shape = (parameters or {}).get(part.name)
             of_model = names.apply(part, stored)
+            wanted_shape = of_model.shape if parameters is None else parameters.get(part.name)
             if of_model.shape != wanted_shape:
                 has = "no such parameter" if wanted_shape is None else f"one of shape {list(wanted_shape)}"
                 raise ValueError(
@@ -239,7 +269,9 @@ def _read_tensors(
         raise FileNotFoundError(f"{folder} has no {TENSORS}")
     # float64 is the widest type of either kind
     largest = _LARGEST_HEADER + 4 * MAX_RANK * sum(map(sum, shapes.values()))
-    largest += 8 * sum(map(math.prod, (parameters or {}).values()))
+    # of an adapter that is served the embedding and the head, where peft has saved them along
+    sizes = parameters.values() if parameters is not None else 2 * [shapes.get("lm_head", (0, 0))]
+    largest += 8 * sum(map(math.prod, sizes))
     if path.stat().st_size > largest:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, but an adapter of this model has at most {largest}")
     kinds = {"lora_A.weight": "A", "lora_B.weight": "B"}
@@ -251,7 +283,7 @@ def _read_tensors(
         name = tensor.name.removeprefix(PREFIX)
         match = re.fullmatch(r"(.+)\.(lora_.+)", name)
         kind = kinds.get(match[2]) if match else None
-        replaces = parameters is not None and match is None and _replaces(config, name)
+        replaces = match is None and (_is_embedding(name) if parameters is None else _replaces(config, name))
         if not tensor.name.startswith(PREFIX) or not (kind or replaces):
             raise ValueError(
                 f"{path}: tensor {tensor.name} is not supported, allowed are "
@@ -274,15 +306,23 @@ def _read_tensors(
     return modules, whole
 
 
+def _is_embedding(name: str) -> bool:
+    """Whether a tensor is the weight of the embedding or the head, which peft saves along where one has an adapter."""
+    module, _, kind = _WRAPPERS.sub("", name).rpartition(".")
+    return module.rpartition(".")[2] in _EMBEDDINGS and (kind == "weight")
+
+
 def _replaces(config: Mapping[str, Any], name: str) -> bool:
     """Whether a tensor is one that the configuration says is replaced whole, or one of those that peft adds of its own accord."""
     module, _, kind = _WRAPPERS.sub("", name).rpartition(".")
-    if module.rpartition(".")[2] in _EMBEDDINGS:
+    if _is_embedding(name):
         return True
     if kind == "bias" and config.get("bias", "none") != "none":
         return True
-    saved = config.get("modules_to_save") or ()
-    return any(f".{module}.".find(f".{each}.") >= 0 for each in saved)
+    # peft takes each name as the end of a module's name, dots or not: "norm" is input_layernorm too
+    parts = module.split(".")
+    around = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(name.endswith(each) for each in config.get("modules_to_save") or () for name in around)
 
 
 def _finite(folder: Path, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:

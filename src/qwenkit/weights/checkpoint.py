@@ -53,7 +53,7 @@ class Checkpoint(Protocol):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer; empty where the model does not say."""
+        """The tokens that end an answer: all that any file of the model names, and those that end one in every Qwen."""
 
     def tensors(self) -> Iterator[StoredTensor]:
         """Every tensor, named as Hugging Face names it. Reads names and shapes only."""
@@ -178,19 +178,18 @@ class FolderCheckpoint:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """See `Checkpoint.eos_token_ids`: generation_config.json, else config.json, else tokenizer_config.json."""
+        """See `Checkpoint.eos_token_ids`: those of generation_config.json, config.json, tokenizer_config.json, and
+        `Tokenizer.end_ids`, in this order."""
         ids = _token_ids(self.path / "generation_config.json", self.generation_config)
-        if self._is_qwen1_chat:
-            special = (self._token_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
-            ids += tuple(token for token in special if token is not None)
-        ids = ids or _token_ids(self.path / "config.json", self.config)
-        if not ids:
-            token = self._token_id(_content(self._tokenizer_config.get("eos_token")))
-            ids = () if token is None else (token,)
-        return tuple(dict.fromkeys(ids))
-
-    def _token_id(self, token: object) -> int | None:
-        return self.tokenizer().token_id(token) if isinstance(token, str) else None
+        ids += _token_ids(self.path / "config.json", self.config)
+        try:
+            tokenizer = self.tokenizer()
+        except FileNotFoundError:  # such a folder is run with prompts of ids
+            return tuple(dict.fromkeys(ids))
+        named = _content(self._tokenizer_config.get("eos_token"))
+        token = tokenizer.token_id(named) if isinstance(named, str) else None
+        ids += () if token is None else (token,)
+        return tuple(dict.fromkeys(ids + tokenizer.end_ids()))
 
 
 def _content(token: Any) -> Any:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,26 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from qwenkit.files import open_file
+from qwenkit.errors import shorten
+from qwenkit.files import has_file, open_file
 from qwenkit.weights.stored import DTYPES, Bytes, StoredTensor, plain_tensor, read_bytes
 
-_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_TYPES: tuple[str, ...] = (
+    "F32",
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+)
+_TYPES += ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
 _TYPE_NAMES = {kind.value: kind.name for kind in GGMLQuantizationType}
 
 # Metadata value types of the format, by number: struct codes of the fixed-size ones.
@@ -31,6 +48,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MAX_DEPTH = 4  # of arrays in arrays; no writer uses more than one
 _MAX_DIMENSIONS = 4
+_MAX_PARTS = 1000  # of a split model
 _MAX_NAME = 1024  # of a key or a tensor; the format's own limits are 65535 and 64
 _MAX_ITEMS = 1 << 23  # of all arrays together: a vocabulary has some hundred thousand, and each becomes a Python object
 _SMALLEST_PAIR = 8 + 4 + 1  # a key's length, a type, one byte of value
@@ -53,10 +71,65 @@ class GgufFile:
     path: Path
     metadata: dict[str, Any]
     entries: tuple[TensorEntry, ...]
+    following: tuple[GgufFile, ...] = ()
+    """The other parts of a model that was split, in order."""
+
+    @property
+    def all_entries(self) -> tuple[TensorEntry, ...]:
+        """The table of tensors, of the following parts too."""
+        return tuple(entry for part in (self, *self.following) for entry in part.entries)
 
     def tensors(self) -> list[StoredTensor]:
         """Every tensor under the file's own names."""
-        return [_stored(self.path, entry) for entry in self.entries]
+        return [_stored(part.path, entry) for part in (self, *self.following) for entry in part.entries]
+
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of a model that was split, as llama.cpp's gguf-split names them, found by any one; else the file alone."""
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    ending = path.name[-len(".gguf") :]
+    return [
+        path.with_name(f"{match[1]}-{n + 1:05}-of-{match[3]}{ending}") for n in range(min(int(match[3]), _MAX_PARTS))
+    ]
+
+
+def read_split_gguf(path: Path) -> GgufFile:
+    """Read a file, or all parts of a model that was split; any part may be named, metadata are the first's.
+
+    Raises FileNotFoundError naming the parts that are missing, ValueError where they do not belong together.
+    """
+    file = read_gguf(path)
+    count = file.metadata.get("split.count", 1)
+    if count in (0, 1) and type(count) is int:
+        return file
+    paths = gguf_parts(path)
+    if count != len(paths):
+        raise ValueError(
+            f"{path} is one of {shorten(count)} parts of a model (split.count), which are found by their names: "
+            "NAME-00001-of-00002.gguf and so on"
+        )
+    missing = [part for part in paths if not has_file(part)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{missing[0]}{more} is missing: {path.name} is one of {count} parts of a model")
+    first, *following = (file if part == path else read_gguf(part) for part in paths)
+    for number, part in enumerate((first, *following)):
+        found = part.metadata.get("split.no"), part.metadata.get("split.count")
+        if found != (number, count):
+            raise ValueError(f"{part.path}: split.no and split.count are {shorten(found)}, expected {(number, count)}")
+    whole = replace(first, following=tuple(following))
+    names = {entry.name for entry in whole.all_entries}
+    if len(names) != len(whole.all_entries):
+        raise ValueError(f"{first.path}: two parts have a tensor of the same name")
+    expected = first.metadata.get("split.tensors.count", len(names))
+    if expected != len(names):
+        raise ValueError(f"{first.path}: split.tensors.count is {shorten(expected)}, but the parts hold {len(names)}")
+    return whole
 
 
 def read_gguf(path: Path) -> GgufFile:

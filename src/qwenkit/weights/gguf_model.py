@@ -16,13 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwenkit.errors import FieldError
+from qwenkit.errors import FieldError, shorten
 from qwenkit.model.config_schema import Whole
 from qwenkit.text.chat import ChatFormat, JinjaChat
 from qwenkit.text.chat_qwen1 import Qwen1Chat
-from qwenkit.text.tokenizer import Tokenizer
+from qwenkit.text.tokenizer import END_TOKENS, Tokenizer
 from qwenkit.weights import names
-from qwenkit.weights.gguf_file import GgufFile, read_gguf
+from qwenkit.weights.gguf_file import GgufFile, read_split_gguf
 from qwenkit.weights.stored import StoredTensor
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ _MODEL_TYPES = {
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
 }
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 QWEN1_WINDOW = 6144  # tokens of history, where no generation_config.json says otherwise
 _SIZE = Whole()
 _LARGEST_NUMBER = 1e18
@@ -84,10 +85,7 @@ class GgufCheckpoint:
 
         `config` is the config.json that Hugging Face would have for this model.
         """
-        file = read_gguf(path)
-        parts = file.metadata.get("split.count", 1)
-        if parts != 1:
-            raise ValueError(f"{path} is one of {parts!r} parts of a model; merge them first (gguf-split --merge)")
+        file = read_split_gguf(path)
         try:
             config = _Reading(file).config()
             _check_rope_factors(file, config["head_dim"])
@@ -102,13 +100,12 @@ class GgufCheckpoint:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The end of a text and the end of a turn, where the file names them."""
-        found = [self.file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-        ids = [token for token in found if type(token) is int and 0 <= token < 2**31]
-        if self._is_qwen1_chat():
-            vocabulary = self.file.metadata.get("tokenizer.ggml.tokens")
-            wanted = ("<|im_end|>", "<|endoftext|>")
-            ids += [vocabulary.index(t) for t in wanted if isinstance(vocabulary, list) and t in vocabulary]
+        """The ends of text, turn and message that the file names, and those of `END_TOKENS` in its vocabulary."""
+        found = [self.file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        ids = tuple(token for token in found if type(token) is int and 0 <= token < 2**31)
+        vocabulary = self.file.metadata.get("tokenizer.ggml.tokens")
+        if isinstance(vocabulary, list):
+            ids += tuple(vocabulary.index(token) for token in END_TOKENS if token in vocabulary)
         return tuple(dict.fromkeys(ids))
 
     def tensors(self) -> Iterator[StoredTensor]:
@@ -135,7 +132,42 @@ class GgufCheckpoint:
             )
         types = self._list("token_type", int) if "tokenizer.ggml.token_type" in self.file.metadata else None
         tokens, merges = self._list("tokens", str), self._list("merges", str)
-        return Tokenizer.from_bpe(tokens, merges, types, self._string("tokenizer.ggml.pre", "default"))
+        return Tokenizer.from_bpe(tokens, merges, types, self.pre, self._prefix())
+
+    @cached_property
+    def pre(self) -> str:
+        """tokenizer.ggml.pre; Qwen's own cutting where an old file of a Qwen does not say or says "default", with a warning."""
+        said = self._string("tokenizer.ggml.pre", "default")
+        if said != "default" or self.config["model_type"] == "llama":
+            return said
+        logger.warning(
+            "%s: tokenizer.ggml.pre is %s, so text is cut as %s does it (qwen2)",
+            self.path,
+            "'default'" if "tokenizer.ggml.pre" in self.file.metadata else "missing",
+            self.config["model_type"],
+        )
+        return "qwen2"
+
+    def _prefix(self) -> tuple[int, ...]:
+        """bos_token_id where add_bos_token is true; llama.cpp takes it as true for Llama 3's vocabulary where it is missing.
+
+        ValueError where a true value has no token.
+        """
+        wanted, bos = (self.file.metadata.get(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "bos_token_id"))
+        if wanted is None:
+            wanted = self.pre in _LLAMA3 and bos is not None
+        if wanted is False:
+            return ()
+        if wanted is not True:
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.add_bos_token must be true or false, found {shorten(wanted)}"
+            )
+        if type(bos) is not int or not 0 <= bos < len(self._list("tokens", str)):
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.add_bos_token is true, but tokenizer.ggml.bos_token_id is {shorten(bos)}, "
+                "no id of the vocabulary"
+            )
+        return (bos,)
 
     def chat(self) -> ChatFormat | None:
         template = self._string("tokenizer.chat_template", "")
@@ -183,8 +215,8 @@ class _Reading:
 
     def __init__(self, file: GgufFile) -> None:
         self.metadata = file.metadata
-        self.shapes = {entry.name: entry.shape for entry in file.entries}
-        self.entries = file.entries
+        self.shapes = {entry.name: entry.shape for entry in file.all_entries}
+        self.entries = file.all_entries
         self.architecture = file.metadata.get("general.architecture")
         if not isinstance(self.architecture, str) or self.architecture not in _MODEL_TYPES:
             known = ", ".join(_MODEL_TYPES)

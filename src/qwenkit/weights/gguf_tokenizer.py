@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
 from qwenkit.text import vocabulary
 from qwenkit.weights.gguf_model import GgufCheckpoint
@@ -23,7 +23,7 @@ def write_tokenizer(folder: Path, checkpoint: GgufCheckpoint) -> None:
     metadata = checkpoint.file.metadata
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [_CONTROL if token in special else _NORMAL for token in tokens]
-    steps = vocabulary.GGUF_SCHEMES[metadata.get("tokenizer.ggml.pre", "default")].steps()
+    steps = vocabulary.GGUF_SCHEMES[checkpoint.pre].steps()
     vocab = {token: id for id, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=steps.ignore_merges))
@@ -31,6 +31,14 @@ def write_tokenizer(folder: Path, checkpoint: GgufCheckpoint) -> None:
         tokenizer.normalizer = steps.normalizer
     tokenizer.pre_tokenizer = steps.pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
+    if checkpoint.tokenizer().prefix:
+        first = [(tokens[id], id) for id in checkpoint.tokenizer().prefix]
+        before = [token for token, _ in first]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A"],
+            pair=[*before, "$A", *(f"{token}:1" for token in before), "$B:1"],
+            special_tokens=first,
+        )
     for token, kind in zip(tokens, types, strict=True):
         if kind in (_UNKNOWN, _CONTROL):
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])

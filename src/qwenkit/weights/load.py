@@ -119,6 +119,16 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def plain_types(checkpoint: Checkpoint) -> list[str]:
+    """Floating-point types of a checkpoint's matrices, routers of experts left out (they are not packed): ["float16"]."""
+    found = {
+        tensor.dtype
+        for tensor in checkpoint.tensors()
+        if len(tensor.shape) > 1 and tensor.dtype in DTYPES and not tensor.name.endswith("gate.weight")
+    }
+    return sorted(str(DTYPES[dtype]).removeprefix("torch.") for dtype in found if DTYPES[dtype].is_floating_point)
+
+
 def _own_dtype(config: ModelConfig) -> torch.dtype:
     return torch.float32 if config.dtype is None else _DTYPES[config.dtype]
 

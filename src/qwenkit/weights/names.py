@@ -37,7 +37,18 @@ class Part:
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.(masked_bias|bias))")
 
 
+# What torch.compile, DDP and peft's merges leave before a name, and the names of a model saved without its head around it.
+_WRAPPERS = re.compile(
+    r"(?:(?:module|_orig_mod|base_model\.model)\.)+(?=model\.|lm_head\.|layers\.|embed_tokens\.|norm\.)"
+)
+_BARE = re.compile(r"(layers\.\d+\.|embed_tokens\.|norm\.).+")
+
+
 def from_hugging_face(name: str) -> tuple[Part, ...]:
+    """Names as they are; `layers.0…` of the bare model class and names behind a wrapper are those of the whole model."""
+    name = _WRAPPERS.sub("", name, count=1) if _WRAPPERS.match(name) else name
+    if _BARE.fullmatch(name):
+        name = f"model.{name}"
     return () if _BUFFERS.fullmatch(name) else (Part(name),)
 
 

@@ -35,6 +35,7 @@ from qwenkit.model.config import ModelConfig
 from qwenkit.model.qwen import Qwen
 from qwenkit.ops.packed import PackedWeight
 from qwenkit.weights.checkpoint import Checkpoint
+from qwenkit.weights.gguf_file import gguf_parts
 from qwenkit.weights.load import empty_model, load_model
 from qwenkit.weights.pack import packing
 from qwenkit.weights.stored import DTYPE_NAMES, DTYPES
@@ -114,7 +115,7 @@ def _key(source: Path, weights: str) -> str:
 def _source_files(source: Path) -> list[Path]:
     """The files that decide what the weights are: the configuration, weight files of any kind and their indices."""
     if source.is_file():
-        return [source]
+        return [part for part in gguf_parts(source) if part.is_file()]
     named = (
         path
         for path in source.iterdir()

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from qwenkit.errors import shorten
 from qwenkit.files import has_file, open_file, parse_json
-from qwenkit.weights.stored import DTYPES, StoredTensor, check_shard, plain_tensor, shards
+from qwenkit.weights.stored import DTYPES, StoredTensor, check_shard, has_shards, plain_tensor, shards
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,11 +24,11 @@ _LARGEST_SIZE = 2**63
 
 
 def has_safetensors(folder: Path, base: str = "model") -> bool:
-    return any(has_file(folder / f"{base}{rest}") for rest in (".safetensors", ".safetensors.index.json"))
+    return has_file(folder / f"{base}.safetensors") or has_shards(folder / f"{base}.safetensors.index.json")
 
 
 def read_safetensors(folder: Path, base: str = "model") -> list[StoredTensor]:
-    """Every tensor of `model.safetensors`, or of the shards that its index lists; of files that are called `base` instead.
+    """Every tensor of `model.safetensors`, or of its shards; of files that are called `base` instead.
 
     Raises FileNotFoundError for a missing shard, ValueError (naming the file) for one that is truncated or corrupt, or
     that lacks a tensor the index promised.

@@ -8,6 +8,7 @@ scratch memory, and a part of a foreign tensor (a third of a fused projection, o
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
@@ -161,8 +162,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def shards(index_path: Path) -> dict[str, set[str]]:
     """Read a `*.index.json`: for each shard's file name, the tensors that must be in it.
 
+    Without an index the shards are all files NAME-00001-of-0000N of the same kind, and nothing is known of what is in them.
     Raises ValueError for a malformed index or a shard outside the folder, FileNotFoundError for a shard that is not there.
     """
+    if not files.has_file(index_path):
+        return {name: set() for name in _numbered(index_path)}
     weight_map = files.read_json(index_path, files.LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_path}: weight_map must be an object of tensor name to file name")
@@ -177,6 +181,31 @@ def shards(index_path: Path) -> dict[str, set[str]]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FileNotFoundError(f"{index_path.parent / missing[0]}{more} is missing, but {index_path.name} lists it")
     return dict(sorted(found.items()))
+
+
+def has_shards(index_path: Path) -> bool:
+    """Whether there is an index, or a shard that is numbered as one of those it would list."""
+    return files.has_file(index_path) or bool(_found(index_path))
+
+
+def _found(index_path: Path) -> list[re.Match[str]]:
+    base, suffix = index_path.name.removesuffix(".index.json").rsplit(".", 1)
+    form = re.compile(rf"{re.escape(base)}-(\d{{5}})-of-(\d{{5}})\.{re.escape(suffix)}")
+    names = sorted(path.name for path in index_path.parent.iterdir())
+    return [match for name in names if (match := form.fullmatch(name)) and files.has_file(index_path.parent / name)]
+
+
+def _numbered(index_path: Path) -> list[str]:
+    """FileNotFoundError where a number is missing, ValueError where shards count differently."""
+    found = _found(index_path)
+    counts = {int(match[2]) for match in found}
+    if len(counts) != 1:
+        raise ValueError(f"{index_path} is missing, and the shards beside it are numbered of {sorted(counts)}")
+    missing = sorted({*range(1, counts.pop() + 1)} - {int(match[1]) for match in found})
+    if missing:
+        names = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
+        raise FileNotFoundError(f"{index_path} is missing, and of the shards beside it these numbers: {names}")
+    return [match[0] for match in found]
 
 
 def check_shard(shard: Path, expected: set[str], found: set[str]) -> None:

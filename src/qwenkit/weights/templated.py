@@ -82,3 +82,26 @@ def with_template(checkpoint: Checkpoint, name: str) -> Checkpoint:
             f"template is {name!r}, and the model has none; allowed are {', '.join(NAMED)} and .jinja files"
         )
     return Templated(checkpoint, NAMED[name])
+
+
+def replaced_template(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """The checkpoint with the template of a file, or with `qwen` or `chatml`, whatever its own says.
+
+    Raises FileNotFoundError for a name that is neither, ValueError for a template that the vocabulary or Jinja cannot do with.
+    """
+    if name in NAMED:
+        replaced = Templated(checkpoint, NAMED[name])
+    else:
+        path = Path(name).expanduser()
+        if not has_file(path):
+            raise FileNotFoundError(
+                f"chat_template is {name!r}, which is no file; allowed are {', '.join(NAMED)} and a file with a Jinja template"
+            )
+        replaced = Templated(checkpoint, read_text(path))
+    replaced.chat()
+    return replaced
+
+
+def can_use_chatml(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary has ChatML's control tokens."""
+    return {"<|im_start|>", _END} <= tokenizer.special_tokens.keys()

@@ -15,7 +15,7 @@ from pickle import UnpicklingError
 import torch
 
 from qwenkit.files import has_file, open_file
-from qwenkit.weights.stored import DTYPE_NAMES, DTYPES, StoredTensor, check_shard, shards
+from qwenkit.weights.stored import DTYPE_NAMES, DTYPES, StoredTensor, check_shard, has_shards, shards
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -24,7 +24,7 @@ _LARGEST_PICKLE = 64 << 20  # bytes; a tensor takes some hundred of them
 
 
 def has_torch_files(folder: Path) -> bool:
-    return has_file(folder / SINGLE) or has_file(folder / INDEX)
+    return has_file(folder / SINGLE) or has_shards(folder / INDEX)
 
 
 def read_torch_files(folder: Path) -> list[StoredTensor]:

@@ -34,7 +34,7 @@ def encode(server: Server, text: str, param: str) -> list[int]:
     """Ids of a bare prompt, control tokens written in it included. Raises ApiError for one far longer than the context."""
     check_length(server, len(text), param)
     try:
-        return server.tokenizer.encode(text, allow_special=True, max_tokens=server.max_counted)
+        return server.tokenizer.encode_document(text, allow_special=True, max_tokens=server.max_counted)
     except TokenLimitError as error:
         raise text_too_long(f"more than {error.max_tokens} tokens", server.max_model_len, param) from None
     except ValueError as error:
@@ -72,9 +72,13 @@ def render(
 ) -> list[int]:
     """Ids of a conversation; to continue its last message they end where that message's text ends. Raises ApiError."""
     if server.chat_format is None:
-        raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
+        raise ApiError(
+            400,
+            "the model has no chat template: use /v1/completions, or start the server with --chat-template",
+            param="messages",
+        )
     # Templates may leave out what the assistant thought or said, but nothing else.
-    check_length(server, sum(len(one["content"]) for one in messages if one["role"] != "assistant"), "messages")
+    check_length(server, sum(len(one["content"] or "") for one in messages if one["role"] != "assistant"), "messages")
     try:
         rendered = server.chat_format.render(
             messages,

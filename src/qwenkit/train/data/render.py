@@ -75,7 +75,7 @@ class Renderer:
             return Rendering([self._ready(example.ids, example.labels, origin)])
         if example.text is not None:
             assert self._end is not None
-            ids = [*self._tokenizer.encode(example.text), self._end]
+            ids = [*self._tokenizer.encode_document(example.text), self._end]
             return Rendering([Sample(ids, list(ids), origin)])
         try:
             rendering = self._conversation(example, origin)
