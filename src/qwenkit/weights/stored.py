@@ -191,7 +191,7 @@ def has_shards(index_path: Path) -> bool:
 def _found(index_path: Path) -> list[re.Match[str]]:
     base, suffix = index_path.name.removesuffix(".index.json").rsplit(".", 1)
     form = re.compile(rf"{re.escape(base)}-(\d{{5}})-of-(\d{{5}})\.{re.escape(suffix)}")
-    names = sorted(path.name for path in index_path.parent.iterdir())
+    names = sorted(path.name for path in index_path.parent.glob(f"*-of-*.{suffix}"))
     return [match for name in names if (match := form.fullmatch(name)) and files.has_file(index_path.parent / name)]
 
 
