@@ -86,7 +86,7 @@ def export(file: Path | None, format_: str | None, dequantize: bool, overwrite: 
 
 def _read(path: Path) -> dict[str, Any]:
     """A YAML file as flags. ValueError for a key that is unknown, or that asks for what is not done here."""
-    from qwenkit.train.config import read_settings
+    from qwenkit.train.settings_file import read_settings
 
     settings: dict[str, Any] = {}
     own = {"model", "adapter", "output", "shard_size", "format", "dtype", "template", "device", "quantize"}

@@ -201,10 +201,10 @@ def _adapt(
             put(model, name, lora)
     whole: list[str] = []
     if given is not None:
-        saved = spelled(given.settings.get("modules_to_save") or (), model)
+        saved = spelled(given.settings.get("modules_to_save") or ())
         whole = [name for name in given.parameters if any(f".{module}." in f".{name}." for module in saved)]
     modules = [name for name, module in model.named_modules() if list(module.parameters(recurse=False))]
-    for pattern in spelled(config.modules_to_save, model):
+    for pattern in spelled(config.modules_to_save):
         for module in meeting(pattern, modules, "modules_to_save"):
             own = model.get_submodule(module).named_parameters()
             whole += [f"{module}.{name}".replace(".base.", ".") for name, _ in own]
