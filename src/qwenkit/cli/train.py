@@ -79,8 +79,10 @@ def train(words: tuple[str, ...], print_config: bool, check: bool, **launching: 
     from qwenkit.train import run as training
 
     if check:
-        report = training.check_data(config)
+        report = training.check_data(config, processes=launch.nproc * launch.nnodes)
         click.echo(str(report))
+        if report.refusal is not None:
+            raise ValueError(report.refusal)
         raise SystemExit(1 if report.num_errors else 0)
     if training.train(config, bar=sys.stderr.isatty()).reason == "interrupted":
         raise KeyboardInterrupt

@@ -33,6 +33,7 @@ from qwenkit.train.log import Callback
 from qwenkit.train.optim import MovingAverage, Optimizer, clip
 from qwenkit.train.parallel import gradient_norm, gradient_sync, reduce_gradients, reshard
 from qwenkit.train.parts import Outcome, Parts, Progress
+from qwenkit.train.resume import resumed_step
 from qwenkit.train.schedule import learning_rate, steps_of
 
 _NAMED_ORIGINS = 8
@@ -337,6 +338,9 @@ class Trainer:
         saved = load_checkpoint(folder, self._tensors(), self.world)
         known = asdict(self.progress)
         self.progress = Progress(**{name: saved.state["progress"][name] for name in known})
+        self.progress.step, changed = resumed_step(saved.state, self.config, self.world.world_size)
+        if changed is not None:
+            self._say(changed)
         self.progress.tokens = saved.own["tokens"]
         self.parts.train.load_state_dict(saved.own["data"])
         self._stream = self._endless()

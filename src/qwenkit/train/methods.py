@@ -139,11 +139,21 @@ def model_of_shapes(sizes: ModelConfig, config: TrainConfig, packed: Mapping[str
         if isinstance(module, PackedBase):
             kind = packed[f"{name}.weight"]
             module.to("meta").take(packed_outline(kind, module.out_features, module.in_features))
+    if config.stage == "rm":
+        model.score = nn.Linear(model.config.hidden_size, 1, bias=False, device="meta")
     if config.method in ADAPTERS:
         _adapt(model, config, None)
     elif config.method == "freeze":
         _train_only(model, freeze_names(model, config))
     return model
+
+
+def check_adapter(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Raise what `prepare_model` raises for the adapter that is to be trained on; no weights of the model are read."""
+    model = empty_model(ModelConfig.from_dict(checkpoint.config), torch.float32)
+    if config.stage == "rm":
+        model.score = nn.Linear(model.config.hidden_size, 1, bias=False, device="meta")
+    _given_adapter(model, config, checkpoint)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,6 +6,7 @@ Outcome. What can be refused is refused before weights are loaded: settings, the
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.train.checkpoint import checkpoints, latest_checkpoint, remove_leftovers, write_json
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.data import DataStream, Report, check
+from qwenkit.train.data.registry import find_sources
 from qwenkit.train.log import (
     LOG,
     Callback,
@@ -50,6 +52,7 @@ from qwenkit.train.parts import NextTokens, Objective, Outcome, Parts
 from qwenkit.train.plots import FILES, plot_losses
 from qwenkit.train.preference import STAGES, make_reference, objective
 from qwenkit.train.recompute import recompute_blocks
+from qwenkit.train.refusals import check_folder, check_model, check_settings
 from qwenkit.train.reporters import reporters
 from qwenkit.weights.checkpoint import Checkpoint, open_checkpoint
 from qwenkit.weights.templated import with_template
@@ -57,10 +60,15 @@ from qwenkit.weights.templated import with_template
 RESULTS = "all_results.json"
 
 
-def check_data(config: TrainConfig) -> Report:
-    """Read all data as training would, and report; nothing is trained."""
-    _check_complete(config)
+def check_data(config: TrainConfig, *, processes: int = 1) -> Report:
+    """Read all data as training would, and report; nothing is trained, and no weights are read.
+
+    Raises what a run of `processes` processes would refuse before it reads data; what it would refuse then is in the report.
+    """
+    check_settings(config)
+    check_folder(config)
     checkpoint = _checkpoint(config)
+    check_model(config, checkpoint, processes)
     return check(config, checkpoint.tokenizer(), checkpoint.chat())
 
 
@@ -70,7 +78,7 @@ def train(config: TrainConfig, *, bar: bool = False, callbacks: Sequence[Callbac
     `bar` draws a progress line; `callbacks` hear of the run too. Raises ValueError or OSError, one sentence, for whatever the
     user can put right.
     """
-    _check_complete(config)
+    check_settings(config)
     ops.use()
     world = World.current(config)
     try:
@@ -89,7 +97,11 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
         find_model(config.model)  # one process downloads
     world.barrier()
     checkpoint = _checkpoint(config)
+    check_model(config, checkpoint, world.world_size)
     tokenizer, chat = checkpoint.tokenizer(), checkpoint.chat()
+    for source in find_sources((*config.dataset, *config.eval_dataset), Path(config.dataset_dir)):
+        for note in source.notes:
+            say(f"note: {note}")
     data = {
         split: DataStream(config, tokenizer, chat, rank=world.data_rank, world_size=world.data_world_size, split=split)
         for split in (("train", "eval") if config.has_eval else ("train",))
@@ -145,7 +157,12 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
     trainer = Trainer(config, parts, Everyone(listeners))
     if resumed is not None:
         trainer.load(resumed)
-        say(f"goes on from {resumed}, step {trainer.progress.step} of {trainer.total_steps}")
+        if trainer.progress.step < trainer.total_steps:
+            say(f"goes on from {resumed}, step {trainer.progress.step} of {trainer.total_steps}")
+        else:
+            say(
+                f"{resumed} is at step {trainer.progress.step}, and the run ends at step {trainer.total_steps}: nothing is left"
+            )
     outcome = trainer.run()
     if outcome.reason == "interrupted":
         say(
@@ -160,7 +177,10 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
             save_trained(model, config, checkpoint, folder / "ema", writes=world.is_first)
     if world.is_first:
         _results(config, folder, outcome, trainer, time.monotonic() - begun)
-        say(f"{'stopped early' if outcome.reason == 'early' else 'done'}: {folder}, {clock(time.monotonic() - begun)}")
+        dropped = data["train"].report.num_dropped
+        left_out = f"; {dropped} of {data['train'].report.num_records} records were dropped" if dropped else ""
+        ended = "stopped early" if outcome.reason == "early" else "done"
+        say(f"{ended}: {folder}, {clock(time.monotonic() - begun)}{left_out}")
     return outcome
 
 
@@ -175,17 +195,6 @@ def _checkpoint(config: TrainConfig) -> Checkpoint:
     return with_template(checkpoint, config.template)
 
 
-def _check_complete(config: TrainConfig) -> None:
-    if not config.model:
-        raise ValueError("model is missing: a folder, a .gguf file, a hub id, or smollm2")
-    if not config.dataset:
-        raise ValueError("dataset is missing: names of dataset_info.json in dataset_dir, or files")
-    if config.early_stopping_patience is not None and not config.has_eval:
-        raise ValueError("early_stopping_patience needs evaluation data: val_size or eval_dataset")
-    if config.load_best_model_at_end and not config.has_eval:
-        raise ValueError("load_best_model_at_end needs evaluation data: val_size or eval_dataset")
-
-
 def _prepare_folder(config: TrainConfig, folder: Path, world: World, say: Callable[[str], None]) -> Path | None:
     """Make output_dir ready and say from which checkpoint to go on, if from one.
 
@@ -193,8 +202,7 @@ def _prepare_folder(config: TrainConfig, folder: Path, world: World, say: Callab
     """
     wanted, found = config.resume_from_checkpoint, ""
     if world.is_first:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"output_dir is {config.output_dir!r}, which is a file; allowed is a folder")
+        check_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         earlier = checkpoints(folder)
@@ -205,11 +213,6 @@ def _prepare_folder(config: TrainConfig, folder: Path, world: World, say: Callab
                 say(f"{folder} has no checkpoint that is whole; the run begins at step 0")
         elif wanted is not None:
             found = wanted
-        elif earlier and not config.overwrite_output_dir:
-            raise ValueError(
-                f"output_dir {folder} holds {earlier[max(earlier)].name} of an earlier run; "
-                "resume_from_checkpoint=latest goes on from it, overwrite_output_dir=true deletes it"
-            )
         if not found:
             for path in earlier.values():
                 shutil.rmtree(path)
@@ -237,7 +240,7 @@ def answers(
     ]
     texts = [list(prompt) for prompt in prompts]
     going = list(range(len(texts)))
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     model.eval()
     for _ in range(config.sample_max_new_tokens):
         ids, positions, context = pack([texts[i] for i in going], model.config, device)
@@ -264,6 +267,7 @@ def _results(config: TrainConfig, folder: Path, outcome: Outcome, trainer: Train
         "stopped_early": outcome.reason == "early",
         "seconds": round(seconds, 2),
     }
-    write_json(folder / RESULTS, {name: value for name, value in results.items() if value is not None})
+    finite = {name: value for name, value in results.items() if value is not None and math.isfinite(value)}
+    write_json(folder / RESULTS, finite)
     if config.plot_loss:
         plot_losses(folder)

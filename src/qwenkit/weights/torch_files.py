@@ -29,16 +29,17 @@ def read_torch_files(folder: Path) -> list[StoredTensor]:
     holds something other than tensors, or lacks a tensor the index promised.
     """
     if (folder / SINGLE).is_file():
-        return _read_file(folder / SINGLE)
+        return read_torch_file(folder / SINGLE)
     tensors: list[StoredTensor] = []
     for shard, expected in shards(folder / INDEX).items():
-        found = _read_file(folder / shard)
+        found = read_torch_file(folder / shard)
         check_shard(folder / shard, expected, {tensor.name for tensor in found})
         tensors += found
     return tensors
 
 
-def _read_file(path: Path) -> list[StoredTensor]:
+def read_torch_file(path: Path) -> list[StoredTensor]:
+    """Every tensor of one file, as `read_torch_files` reads it."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is truncated, or no file that torch.save (1.6 or later) wrote")
     try:

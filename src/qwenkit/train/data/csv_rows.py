@@ -1,7 +1,7 @@
 """Rows of a CSV file with their places: strict where it can be, as spreadsheets read it where a quote is out of place.
 
-In: a file and where to begin. Out: rows with the bytes and lines that they cover. A row that cannot be read is one bad row; reading
-goes on with the next line.
+In: a file and where to begin. Out: rows with the bytes and lines that they cover. A row that cannot be read is one bad row, and
+reading continues with the next line.
 """
 
 from __future__ import annotations

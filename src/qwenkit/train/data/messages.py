@@ -1,4 +1,4 @@
-"""Messages of a conversation, as the trainers write them: roles, contents, calls, thoughts, and marks that keep a turn from the loss.
+"""Messages of a conversation, as the trainers write them: roles, contents, calls, thoughts, and marks of turns without loss.
 
 In: decoded objects, and the tags of their data set. Out: messages in the shape that text/chat renders, and notes on keys that are
 not understood. Raises BadRecordError naming the field.

@@ -68,6 +68,8 @@ class Report:
     """(data set, kind, action) -> number of records."""
     issues: list[Issue] = field(default_factory=list)
     """The first of each kind, at most `EXAMPLES`."""
+    refusal: str | None = None
+    """Why a run would not begin with this data, other than for its errors."""
     notes: list[str] = field(default_factory=list)
     """What the registry says that has no effect."""
 
@@ -239,9 +241,37 @@ def check(config: TrainConfig, tokenizer: Tokenizer, chat: ChatFormat | None) ->
     Raises ValueError or FileNotFoundError only for data sets that cannot be found or files that are damaged as a whole.
     """
     report = Report()
-    for source in find_sources((*config.dataset, *config.eval_dataset), Path(config.dataset_dir)):
-        pipeline = Pipeline(config, source, tokenizer, chat)
-        report.notes += source.notes
-        for prepared in pipeline.records():
-            report.add(source.name, prepared)
+    used = {"dataset": 0, "eval_dataset": 0}
+    for setting in used:
+        for source in find_sources(getattr(config, setting), Path(config.dataset_dir)):
+            pipeline = Pipeline(config, source, tokenizer, chat)
+            report.notes += source.notes
+            for prepared in pipeline.records():
+                report.add(source.name, prepared)
+                used[setting] += bool(prepared.items)
+    if not report.num_errors:
+        report.refusal = _refusal(config, used)
     return report
+
+
+def _refusal(config: TrainConfig, used: dict[str, int]) -> str | None:
+    for setting, count in used.items():
+        if getattr(config, setting) and not count:
+            return f"{setting}: every record was dropped, or there is none"
+    try:
+        split_size(config, used["dataset"])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def split_size(config: TrainConfig, count: int) -> int:
+    """How many of `count` records are split off for evaluation. ValueError where nothing is left of either part."""
+    if not config.val_size or config.eval_dataset:
+        return 0
+    wanted = round(config.val_size * count) if config.val_size < 1 else int(config.val_size)
+    if not 0 < wanted < count:
+        raise ValueError(
+            f"val_size {config.val_size:g} splits {wanted} of {count} records off; both parts need at least one"
+        )
+    return wanted

@@ -1,7 +1,7 @@
 """Answers behind the prompts that a server gives for them, and a check that nothing of a record got lost on the way.
 
-In: messages that end with an answer, and tools. Out: ids of prompt and answer, from the model's own chat format, and notes on parts
-of the record that the format does not write.
+In: messages that end with an answer, and tools. Out: ids of prompt and answer, from the model's own chat format, and notes on
+parts of the record that the format does not write.
 """
 
 from __future__ import annotations
