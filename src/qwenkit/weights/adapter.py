@@ -1,5 +1,6 @@
 """LoRA adapters as peft stores them. In: a folder with adapter_config.json and adapter_model.safetensors (or .bin), and the
-shapes of the model's Linears. Out: one low-rank update for each Linear that the adapter changes, and the parameters that it replaces whole.
+shapes of the model's Linears. Out: one low-rank update for each Linear that the adapter changes, and the parameters that it
+replaces whole.
 The way back is adapter_saving.py.
 
 The tensors say which Linears those are; a regular expression in the configuration is not run, since one can be made that never

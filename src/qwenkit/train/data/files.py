@@ -7,6 +7,7 @@ A record that cannot be read comes out too, with its line and the reason, becaus
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -61,10 +62,13 @@ def file_kind(path: Path) -> str:
     return kind
 
 
-def read_records(path: Path, cursor: int = 0, line: int = 1, *, blocks: bool = False) -> Iterator[Record]:
+def read_records(
+    path: Path, cursor: int = 0, line: int = 1, *, blocks: bool = False, texts: bool = False
+) -> Iterator[Record]:
     """The entries of a file from `cursor`, which stands at `line`: 0 and 1, or `end` and `end_line` of an earlier Record.
 
-    A text file gives {"text": line} for each line that is not blank; with `blocks`, for each stretch of such lines.
+    A text file gives {"text": line} for each line that is not blank; with `blocks`, for each stretch of such lines. With `texts`
+    a JSON entry that is a text counts as {"text": entry} too.
     Raises FileNotFoundError, and ValueError for an unknown kind of file or one that is damaged as a whole.
     """
     if not path.is_file():
@@ -74,11 +78,12 @@ def read_records(path: Path, cursor: int = 0, line: int = 1, *, blocks: bool = F
         kind = "json"
     if kind == "json":
         with path.open("rb") as file:
-            yield from _JsonFile(file, path.name).records(cursor, line)
+            yield from _JsonFile(file, path.name, texts).records(cursor, line)
     elif kind == "text" and blocks:
         yield from _read_blocks(path, cursor, line)
     elif kind in ("jsonl", "text"):
-        yield from _read_lines(path, cursor, line, _object_of if kind == "jsonl" else _text_of)
+        parse = (_object_or_text_of if texts else _object_of) if kind == "jsonl" else _text_of
+        yield from _read_lines(path, cursor, line, parse)
     elif kind == "csv":
         yield from _read_csv(path, cursor, line)
     else:
@@ -106,8 +111,8 @@ def _is_one_line(begin: bytes, file: BinaryIO) -> bool:
 class _JsonFile:
     """A list of objects, or objects one after another (JSON Lines named .json), decoded a window at a time."""
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self._file, self._name = file, name
+    def __init__(self, file: BinaryIO, name: str, texts: bool = False) -> None:
+        self._file, self._name, self._texts = file, name, texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._text = ""
         self._at = 0  # read so far, within _text
@@ -155,6 +160,8 @@ class _JsonFile:
                     f"no valid JSON from here on, the rest of the file is not read: {error}", start, start_line
                 )
                 return
+            if self._texts and isinstance(value, str):
+                value = {"text": value}
             wrong = None if isinstance(value, dict) else f"the entry is {_kind_of(value)}, not an object"
             yield Record(None if wrong else value, start_line, start, self._cursor, self._line, wrong)
         if is_list:
@@ -237,6 +244,14 @@ def _object_of(data: bytes) -> tuple[dict[str, Any] | None, str | None]:
     except (ValueError, RecursionError) as error:
         return None, f"the line is no valid JSON: {error}"
     return (value, None) if isinstance(value, dict) else (None, f"the entry is {_kind_of(value)}, not an object")
+
+
+def _object_or_text_of(data: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    value, error = _object_of(data)
+    if value is None and data.lstrip()[:1] == b'"':
+        with contextlib.suppress(ValueError):
+            return {"text": str(json.loads(data))}, None
+    return value, error
 
 
 def _read_blocks(path: Path, cursor: int, line: int) -> Iterator[Record]:
