@@ -69,7 +69,7 @@ def whole_text(path: Path) -> str:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """The records of a file, texts and conversations of every shape that training recognises.
+    """The records of a file, texts and conversations of every shape that training recognises; empty ones are passed over.
 
     Raises FileNotFoundError, and ValueError naming file and line for a record that training cannot read.
     """
@@ -84,7 +84,8 @@ def read_documents(path: Path) -> Iterator[Document]:
         try:
             yield _document(record.value, kind, readers, where)
         except BadRecordError as error:
-            raise ValueError(f"{where}: {error}") from None
+            if not error.kind.startswith("empty"):
+                raise ValueError(f"{where}: {error}") from None
 
 
 def _document(value: dict[str, Any], kind: str, readers: dict[str, RecordReader], where: str) -> Document:
