@@ -80,6 +80,7 @@ class _Reader:
     ) -> None:
         self.config, self.where, self.said, self.defaults = config, where, said, defaults
         self.processes = processes
+        self._from_batch = False
         self.found: dict[str, Any] = {}
         self.notes: list[str] = []
 
@@ -95,6 +96,11 @@ class _Reader:
             section = self._section(key)
             if section.get("enabled", bool(section)):
                 raise ValueError(f"deepspeed: {self.where}: {key} is given, but {what} is not supported")
+        taken = {key: value for key, value in self.found.items() if key not in ("parallel", "dtype")}
+        if taken:
+            batch = f" (train_batch_size {self.config['train_batch_size']})" if self._from_batch else ""
+            said = ", ".join(f"{key}={value}" for key, value in taken.items())
+            self.notes.append(f"deepspeed: nothing else says {said}, so the file does{batch}")
         rest = [key for key, value in self.config.items() if key not in _READ and value not in (None, False, "auto")]
         if rest:
             self.notes.append(f"deepspeed: {', '.join(rest)} ha{_s(rest)} no effect: DeepSpeed itself is not used")
@@ -150,10 +156,12 @@ class _Reader:
             steps = whole / (int(size) * self.processes)
             if steps.is_integer():
                 self.found["gradient_accumulation_steps"] = int(steps)
+                self._from_batch = True
         elif size is None:
             size = whole / (int(steps) * self.processes)
             if size.is_integer():
                 self.found["per_device_train_batch_size"] = int(size)
+                self._from_batch = True
         if float(size) * float(steps) * self.processes != whole or not float(steps).is_integer():
             raise ValueError(
                 f"deepspeed: {self.where} says train_batch_size {whole}, but a step has {_number(size)} samples of "
