@@ -1,5 +1,7 @@
-"""The launch scripts of Qwen's finetune.py and LLaMA-Factory's files of one tutorial, their flags and keys as they are: two records,
-one step. Only paths and the length of a sample differ."""
+"""Launch scripts of finetune.py and files of one LLaMA-Factory tutorial, with their own flags and keys: two records, one step.
+
+Only paths and the length of a sample differ.
+"""
 
 import json
 from pathlib import Path
