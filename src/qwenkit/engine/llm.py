@@ -32,6 +32,7 @@ from qwenkit.text.chat import ChatFormat
 from qwenkit.weights.checkpoint import open_checkpoint
 from qwenkit.weights.load import load_model
 from qwenkit.weights.repacked import load_packed
+from qwenkit.weights.templated import with_template
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | AbstractSequence[int] | AbstractSequence[Message]
@@ -57,6 +58,7 @@ class LLM:
 
     Settings are those of EngineConfig, given as one or by name: `LLM("smollm2", kv_memory="1GiB", max_model_len=4096)`.
     `lora` names LoRA adapters by folder: `LLM("smollm2", lora={"poet": "adapters/poet"}).generate(text, adapter="poet")`.
+    `template` is the chat template of a model that has none: qwen, chatml, or a .jinja file, which replaces any.
     Raises ValueError or FileNotFoundError, one sentence, for anything that cannot be found, read or fit.
     """
 
@@ -66,11 +68,12 @@ class LLM:
         config: EngineConfig | None = None,
         *,
         lora: Mapping[str, str | Path] | None = None,
+        template: str = "default",
         progress: bool = False,
         **settings: Any,
     ) -> None:
         self.config = _with_settings(config or EngineConfig(), settings)
-        checkpoint = open_checkpoint(find_model(str(model), progress=progress))
+        checkpoint = with_template(open_checkpoint(find_model(str(model), progress=progress)), template)
         self.default_params = SamplingParams.from_generation_config(checkpoint.generation_config)
         ops.use()
         device = choose_device(self.config.device)
