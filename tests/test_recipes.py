@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from qwenkit.cli.main import cli
 from qwenkit.cli.plan import find_sizes
 from qwenkit.settings import parse_size
-from qwenkit.train.config import TrainConfig, read_settings
+from qwenkit.train.config import TrainConfig
 from qwenkit.train.plan import plan_memory
+from qwenkit.train.settings_file import read_settings
 from tests.conftest import ROOT
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name != "sizes.yaml")

@@ -12,9 +12,16 @@ from hypothesis import strategies as st
 
 from qwenkit import LLM
 from qwenkit.eval.compare import check_vocabularies, compare
-from qwenkit.eval.perplexity import Window, count_windows, logit_rows, perplexity, read_text, score, windows_of
+from qwenkit.eval.perplexity import Window, count_windows, logit_rows, perplexity, read_data, score, windows_of
 from qwenkit.eval.report import weight_bytes
 from tests.tiny_models import write_model
+
+
+def text_of(path: Path) -> str:
+    (document,) = read_data(path)
+    assert document.text is not None
+    return document.text
+
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "initializer_range": 0.1}
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
@@ -74,41 +81,42 @@ def test_windows_out_of_range(arguments: Any, message: str) -> None:
 
 def test_data_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n \ntwo\n")
-    assert read_text(tmp_path / "a.txt") == "one\n \ntwo\n"
+    assert text_of(tmp_path / "a.txt") == "one\n \ntwo\n"
     (tmp_path / "a.raw").write_text(" \n = One = \n \n")
-    assert read_text(tmp_path / "a.raw") == "\n\n = One = \n\n\n"
+    assert text_of(tmp_path / "a.raw") == "\n\n = One = \n\n\n"
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 1}\n')
-    assert read_text(tmp_path / "a.jsonl") == "one\n\ntwo"
+    assert text_of(tmp_path / "a.jsonl") == "one\n\ntwo"
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": ["", " = One = \n", ""]}), tmp_path / "a.parquet")
-    assert read_text(tmp_path / "a.parquet") == read_text(tmp_path / "a.raw")
+    assert text_of(tmp_path / "a.parquet") == text_of(tmp_path / "a.raw")
     parquet.write_table(pyarrow.table({"words": ["x"]}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"b.parquet has no column text, its columns are words"):
-        read_text(tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet:1: no known format has these fields: words"):
+        text_of(tmp_path / "b.parquet")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"text", r"data is .*a\.csv', allowed are files that end in \.txt, "),
-        ("a.txt", b"\xff", r"a\.txt: byte 1 is not UTF-8 text"),
+        ("a.pdf", b"text", r"a\.pdf has an ending that is no data file's; known are "),
+        ("a.csv", b"text", r"a\.csv holds no text"),
+        ("a.txt", b"\xff", r"a\.txt is not UTF-8 text: byte 1"),
         ("a.txt", b" \n", r"a\.txt holds no text"),
-        ("a.jsonl", b'{"text": "x"}\n{', r"a\.jsonl: line 2 is no JSON"),
-        ("a.jsonl", b'{"words": "x"}', r'a\.jsonl: line 1 has no "text"'),
+        ("a.jsonl", b'{"text": "x"}\n{', r"a\.jsonl:2: the line is no valid JSON"),
+        ("a.jsonl", b'{"words": "x"}', r"a\.jsonl:1: no known format has these fields: words"),
     ],
 )
 def test_bad_data_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_text(tmp_path / name)
+        text_of(tmp_path / name)
 
 
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"PAR0")
     with pytest.raises(ValueError, match="is no Parquet file that can be read"):
-        read_text(tmp_path / "a.parquet")
+        text_of(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("stride", [None, 20])
@@ -211,6 +219,6 @@ def test_wikitext_is_the_published_text(data_folder: Path) -> None:
     """Its 4,358 rows as datasets gives them are 299,078 tokens to Qwen2."""
     from qwenkit.text.tokenizer import Tokenizer
 
-    text = read_text(data_folder / "wikitext2" / "wiki.test.raw")
+    text = text_of(data_folder / "wikitext2" / "wiki.test.raw")
     assert len(Tokenizer.from_folder(data_folder / "tokenizer").encode(text)) == 299_078
     assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")

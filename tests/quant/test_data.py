@@ -30,7 +30,12 @@ RECORDS = [
     {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]},
     {"id": "0", "conversations": [{"from": "user", "value": "Why?"}, {"from": "assistant", "value": "Because."}]},
     {"instruction": "Why?", "input": "", "output": "Because."},
-]
+    {"query": "Why?", "response": "Because."},
+    {"prompt": "Why?", "chosen": "Because.", "rejected": "No."},
+    {"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Why?"}]}, {"role": "assistant", "content": "Because."}
+    ]},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("record", RECORDS)
@@ -70,8 +75,15 @@ def test_parquet(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (found,) = texts(checkpoint, read(checkpoint, path, length=25))
     assert found == "\n = Title = \n\n Some words .\n"[:25]
     path.write_text("no")
-    with pytest.raises(ValueError, match="cannot be read as parquet"):
+    with pytest.raises(ValueError, match="is no Parquet file that can be read"):
         read(checkpoint, path)
+
+
+def test_a_text_is_one_record_whatever_is_in_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('"one\u2028two\x85{three}"\n{"text": ""}\n{"text": "[4]"}\n', encoding="utf-8")
+    (found,) = texts(checkpoint, read(checkpoint, path, length=22))
+    assert sorted(found.split("<|im_end|>")) == ["[4]", "one\u2028two\x85{three}"]
 
 
 def test_the_built_in_text(checkpoint: Checkpoint) -> None:
@@ -86,12 +98,18 @@ def test_the_built_in_text(checkpoint: Checkpoint) -> None:
         ("data.txt", " \n", "holds no text: give a file with more text"),
         ("data.json", "[]", "holds no text"),
         ("data.txt", "short", "holds only 5 tokens, but a sample needs 200: give a file with more text, or a smaller"),
-        ("data.csv", "a,b", "is no calibration file that is known: allowed are .json, .jsonl"),
-        ("data.json", "[{", "is not valid JSON"),
-        ("data.json", '[{"x": 1}]', "record 1 has none of messages, .* found the fields x, one of them is needed"),
-        ("data.json", "[7]", "record 1 has none of .* found a int"),
-        ("data.json", '[{"messages": "hi"}]', "record 1: messages is no list of objects"),
-        ("data.json", '[{"messages": [{"role": "cat", "content": "x"}]}]', "the role 'cat' is not known, allowed are"),
+        ("data.csv", "a,b", "holds no text"),
+        ("data.pdf", "a,b", r"has an ending that is no data file's; known are \.json, \.jsonl"),
+        ("data.json", "[{", r"data\.json:1: no valid JSON"),
+        ("data.json", '[{"x": 1}]', r"data\.json:1: no known format has these fields: x"),
+        ("data.json", "[7]", r"data\.json:1: the entry is a number, not an object"),
+        ("data.json", '[{"messages": "hi"}]', r"data\.json:1: messages is 'hi', a list of messages is needed"),
+        (
+            "data.json",
+            '[\n{"messages": [{"role": "cat", "content": "x"}]}]',
+            r"data\.json:2: .*role is 'cat', allowed are",
+        ),
+        ("data.jsonl", '{"text": "a b c"}\n{broken\n', r"data\.jsonl:2: the line is no valid JSON"),
     ],
 )
 def test_bad_files(name: str, content: str, sentence: str, checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from qwenkit.text.chatml import NAMED
-from qwenkit.train.config import CHOICES, TrainConfig, parse_assignments, read_settings
+from qwenkit.train.config import CHOICES, TrainConfig
+from qwenkit.train.settings_file import parse_assignments, read_settings
 from qwenkit.weights.templated import OWN
 
 

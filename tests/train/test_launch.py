@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qwenkit.train.launch import Launch, run, started_by_torchrun
+from qwenkit.train.launch import Launch, check_environment, run, started_by_torchrun
 
 WORKER = """
 import os, pathlib, sys
@@ -93,3 +93,23 @@ def test_ctrl_c_waits_for_processes_that_save(tmp_path: Path) -> None:
 
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 7
+
+
+@pytest.mark.parametrize(
+    ("environment", "notes"),
+    [
+        ({}, []),
+        ({"NNODES": "1", "MASTER_ADDR": "10.0.0.9", "NPROC_PER_NODE": "1"}, []),
+        ({"NPROC_PER_NODE": "4"}, ["NPROC_PER_NODE=4 in the environment is not read; --nproc 4 says it"]),
+    ],
+)
+def test_launch_variables_of_others_are_named(environment: dict[str, str], notes: list[str]) -> None:
+    assert check_environment(Launch(), environment) == notes
+
+
+@pytest.mark.parametrize("prefix", ["", "PET_"])
+def test_a_node_of_several_does_not_train_alone(prefix: str) -> None:
+    environment = {f"{prefix}NNODES": "2", f"{prefix}NODE_RANK": "1", f"{prefix}MASTER_ADDR": "10.0.0.9"}
+    with pytest.raises(ValueError, match=r"--nnodes 2 --node-rank 1 --master 10\.0\.0\.9 joins them"):
+        check_environment(Launch(), environment)
+    assert check_environment(Launch(nnodes=2, node_rank=1, master="10.0.0.9"), environment) == []

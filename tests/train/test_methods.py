@@ -280,8 +280,8 @@ def test_ranks_that_do_not_write_gather_all_the_same(tmp_path: Path) -> None:
     ("settings", "sentence"),
     [
         (
-            {"lora_target": ("c_attn",)},
-            "lora_target has 'c_attn', which meets nothing in this model; its names are made",
+            {"lora_target": ("query_key_value",)},
+            "lora_target has 'query_key_value', which meets nothing in this model; its names are made",
         ),
         ({"lora_target": ("embed_tokens",)}, "embed_tokens, which is no Linear; train it whole by modules_to_save"),
         ({"lora_rank": 64}, "lora_rank is 64, allowed are 1 to 32 for model.layers.0.self_attn.q_proj"),

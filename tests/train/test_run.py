@@ -1,6 +1,7 @@
 """`qwenkit train` end to end on a tiny model: folders, resume, refusals, stages, one command line."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def test_a_checkpoint_that_cannot_be_read_now(
 
 
 def test_steps_of_another_size(settings: list[str], tmp_path: Path) -> None:
-    """Where epochs say how long a run is, the same records a step are needed; batch and accumulation may change places."""
+    """Where epochs say how long a run is, the records that were seen are counted; with max_steps, steps of whatever size."""
     words = [*(word for word in settings if "_steps=" not in word), "save_steps=1", "logging_steps=1"]
     first = ["per_device_train_batch_size=2", "gradient_accumulation_steps=1", "num_train_epochs=1"]
     assert invoke(*words, *first).exit_code == 0
@@ -189,16 +190,24 @@ def test_steps_of_another_size(settings: list[str], tmp_path: Path) -> None:
     result = invoke(*words, *same, "num_train_epochs=2")
     assert result.exit_code == 0, result.output
     assert log(tmp_path / "out")[-1]["current_steps"] == 6
-    other = ["per_device_train_batch_size=1", "gradient_accumulation_steps=3", "resume_from_checkpoint=latest"]
-    refused = invoke(*words, *other, "num_train_epochs=4")
-    assert refused.exit_code == 2
-    assert "a step was 2 sequences when" in refused.output
-    assert "is 3 now (per_device_train_batch_size * gradient_accumulation_steps * data-parallel" in refused.output
+    assert "a step has" not in result.output
     refused = invoke(*words, *same, "num_train_epochs=1")
+    assert refused.exit_code == 2
     assert "checkpoint-6 is at step 6, but the run has 3: nothing is left to train" in refused.output
+    other = ["per_device_train_batch_size=1", "gradient_accumulation_steps=3", "resume_from_checkpoint=latest"]
+    shutil.copytree(tmp_path / "out", tmp_path / "kept")
     result = invoke(*words, *other, "max_steps=7")
     assert result.exit_code == 0, result.output
-    assert "step 6 of 7 is counted on in steps of the new size" in result.output
+    assert "a step has 3 samples now (per_device_train_batch_size * gradient_accumulation_steps" in result.output
+    assert "had 2 before the checkpoint; max_steps, warm-up and save_steps count steps whatever" in result.output
+    assert "checkpoint-6, step 6 of 7" in result.output
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "kept").rename(tmp_path / "out")
+    result = invoke(*words, *other, "num_train_epochs=4")
+    assert result.exit_code == 0, result.output
+    assert "the 12 samples that were seen are 4 steps of this size" in result.output
+    assert "checkpoint-6, step 4 of 8" in result.output
+    assert [line["current_steps"] for line in log(tmp_path / "out")] == [*range(1, 9)]
 
 
 def test_a_loss_that_is_not_finite_is_null_in_json(settings: list[str], tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ SECOND = FIRST.replace("lora_A", "lora_B")
         (changed_config("r", 1024), "the rank is 1024, allowed are 1 to 512"),
         (changed_config("lora_alpha", "8"), "lora_alpha is '8', allowed is a number from -1e\\+09 to 1e\\+09"),
         (changed_config("lora_alpha", float("nan")), "'lora_alpha' is nan"),
-        (changed_config("target_modules", None), "target_modules is None, allowed is a list of names or a string"),
+        (changed_config("target_modules", 3), "target_modules is 3, allowed is a list of names or a string"),
         (changed_config("target_modules", ["q_proj"]), "mlp.down_proj, which target_modules does not name"),
         (changed_config("alpha_pattern", {"(a+)+": 1}), r"alpha_pattern has the key '\(a\+\)\+', allowed are names"),
         (changed_config("alpha_pattern", [1]), r"alpha_pattern is \[1\], allowed is an object"),
@@ -162,8 +162,8 @@ SECOND = FIRST.replace("lora_A", "lora_B")
             "lora_magnitude_vector is not supported, allowed are",
         ),
         (
-            changed_tensors(lambda t: t.update({"q.lora_A.weight": t.pop(FIRST)})),
-            r"tensor q\.lora_A\.weight is not supported",
+            changed_tensors(lambda t: t.update({"q.lora_C.weight": t.pop(FIRST)})),
+            r"tensor q\.lora_C\.weight is not supported",
         ),
         (
             changed_tensors(lambda t: t.update({n.replace("s.0", "s.7"): t.pop(n) for n in (FIRST, SECOND)})),
@@ -177,7 +177,7 @@ SECOND = FIRST.replace("lora_A", "lora_B")
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), "no safetensors file"),
         (
             lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
-            "adapter_model.bin, allowed is only adapter_model.safetensors",
+            "adapter_model.bin is truncated, or no file that torch.save",
         ),
     ],
 )

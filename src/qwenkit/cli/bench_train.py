@@ -113,7 +113,7 @@ def train(
 
     lora_emb is LoRA with embedding and head trained too. Where memory runs out, the row says so.
     """
-    from qwenkit.train.config import parse_assignments
+    from qwenkit.train.settings_file import parse_assignments
 
     rows = Rows.of(methods, lengths, steps, warmup)
     given = parse_assignments(settings)

@@ -40,6 +40,7 @@ class RandomDocuments:
     length: int
     batch: int
     batches_per_epoch: int | None = None
+    epoch: int = 0
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(SEED))
 
     def __iter__(self) -> Iterator[TrainBatch]:

@@ -20,6 +20,7 @@ import click
 from qwenkit.cli.conversation.screen import Meter, Screen, show_answer
 from qwenkit.cli.conversation.state import NOT_IN_CHAT, Conversation, Piece, Talker
 from qwenkit.cli.options import Verb, dataclass_options, given
+from qwenkit.compat.verbs import Inference, is_settings_file, read_inference
 from qwenkit.engine.config import EngineConfig
 from qwenkit.engine.sampling import SamplingParams
 
@@ -55,14 +56,21 @@ def chat(
     api_key: str | None,
     **values: Any,
 ) -> None:
-    """Talk to MODEL: a folder, a .gguf file, a hub id, or smollm2, the small default model.
+    """Talk to MODEL: a folder, a .gguf file, a hub id, smollm2 (the small default model), or LLaMA-Factory's YAML file.
 
     With PROMPT, or with text piped in (it is put after PROMPT when both are given), one answer is written to standard output.
     Without, a conversation begins; /help in it shows its commands.
     """
     settings = given(SamplingParams, values)
-    SamplingParams(**settings)
     engine = given(EngineConfig, {name: value for name, value in values.items() if name not in NOT_A_FLAG})
+    file: Inference | None = None
+    if url is None and model is not None and is_settings_file(model):
+        file = read_inference(Path(model))
+        for note in file.notes:
+            click.echo(f"note: {note}", err=True)
+        model, settings, engine = file.model, file.sampling | settings, file.engine | engine
+        system = file.system if system is None and not raw else system
+    SamplingParams(**settings)
     config = EngineConfig(**engine)
     _check_flags(model, prompt, system, raw, url, api_key, engine)
     text = _whole_prompt(prompt)
@@ -70,7 +78,7 @@ def chat(
         raise click.UsageError("--raw continues one text: give PROMPT, or pipe it in.")
     if text is None and not sys.stdout.isatty():
         raise click.UsageError("A conversation needs a terminal on standard output; give PROMPT for one answer.")
-    with _talker(model, url, api_key, config) as talker:
+    with _talker(model, url, api_key, config, file) as talker:
         conversation = Conversation(talker, system, settings)
         if text is None:
             _converse(conversation)
@@ -103,7 +111,9 @@ def _check_flags(
 
 
 @contextmanager
-def _talker(model: str | None, url: str | None, api_key: str | None, config: EngineConfig) -> Iterator[Talker]:
+def _talker(
+    model: str | None, url: str | None, api_key: str | None, config: EngineConfig, file: Inference | None
+) -> Iterator[Talker]:
     if url is not None:
         from qwenkit.cli.conversation.remote import Remote, find_key
 
@@ -114,7 +124,12 @@ def _talker(model: str | None, url: str | None, api_key: str | None, config: Eng
         from qwenkit.engine.llm import LLM
 
         name = model if model is not None else DEFAULT_MODEL
-        yield Local(LLM(name, config, progress=sys.stderr.isatty()), name)
+        if file is None:
+            yield Local(LLM(name, config, progress=sys.stderr.isatty()), name)
+            return
+        lora = {} if file.adapter is None else {Path(file.adapter).name: file.adapter}
+        llm = LLM(name, config, lora=lora, template=file.template, progress=sys.stderr.isatty())
+        yield Local(llm, name, adapter=next(iter(lora), None), variables=file.variables)
 
 
 def _whole_prompt(prompt: str | None) -> str | None:

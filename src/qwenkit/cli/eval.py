@@ -94,8 +94,9 @@ def perplexity(
     """Measure MODEL's perplexity on the text of a file: e to the mean negative log-likelihood of its tokens.
 
     \b
-    --data      .txt as it is; .jsonl and .parquet: the field "text" of all rows, joined by two line feeds; WikiText's
-                own .raw and .tokens: as the data set wikitext-2-raw-v1 has their lines, joined like that
+    --data      .txt as it is; of records (.json, .jsonl, .csv, .parquet …) the texts, joined by two line feeds, or the
+                conversations in the model's chat format; WikiText's own .raw and .tokens: as the data set
+                wikitext-2-raw-v1 has their lines, joined like that
     windows     of --context tokens; the first token of each is only read. Disjoint ones, and 2048, are the protocol of
                 published wikitext-2 figures; with --stride tokens after the first window have more context
     --report    repeated: MODEL as the flags say is compared with each; --report FILE.png alone compares --weights
@@ -107,14 +108,15 @@ def perplexity(
     EngineConfig(**settings)
     others, plot = _others(report)
     from qwenkit.eval.figure import check_figure
-    from qwenkit.eval.perplexity import read_text, windows_of
+    from qwenkit.eval.perplexity import encode, read_data, windows_of
 
     if plot is not None:
         check_figure("report", plot)
     windows_of([0, 0], context, stride, limit)  # raises for flags out of range before a model is loaded
-    text = read_text(data)
+    documents = read_data(data)
     llm = _open(model, settings, context)
-    ids = llm.tokenizer.encode_document(text)
+    ids = encode(documents, llm.tokenizer, llm.chat_format)
+    text = llm.tokenizer.decode(ids, skip_special=False)
     cut = Text(ids, context, stride, limit)
     entries: list[Entry] = []
     if report:

@@ -14,36 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwenkit.cli.options import nearest
-
 if TYPE_CHECKING:
     from qwenkit.quant.config import QuantConfig
     from qwenkit.weights.checkpoint import Checkpoint
 
-# Keys of LLaMA-Factory's export files by the flag that they are; None: it changes nothing here.
-_KEYS = {
-    "model_name_or_path": "model",
-    "adapter_name_or_path": "adapter",
-    "export_dir": "output",
-    "export_size": "shard_size",
-    "export_device": "device",
-    "export_legacy_format": "legacy",
-    "export_quantization_bit": "quantize",
-    "export_quantization_dataset": "data",
-    "export_quantization_nsamples": "samples",
-    "export_quantization_maxlen": "length",
-    "export_quantization_cache": None,
-    "template": "template",
-    "infer_dtype": "dtype",
-    "finetuning_type": None,
-    "trust_remote_code": None,
-}
-_REFUSED = {
-    "export_hub_model_id": "nothing is uploaded; use huggingface_hub's `hf upload` with the exported folder",
-    "quantization_bit": "adapters are merged into float weights: leave it out",
-}
 _FORMATS = ("safetensors", "bin")
 _OF_QUANTIZING = ("data", "samples", "length")
+_OWN = (
+    "model",
+    "adapter",
+    "output",
+    "shard_size",
+    "format",
+    "dtype",
+    "template",
+    "device",
+    "quantize",
+    *_OF_QUANTIZING,
+)
 
 
 @click.command(
@@ -88,33 +76,14 @@ def export(file: Path | None, format_: str | None, dequantize: bool, overwrite: 
 
 def _read(path: Path) -> dict[str, Any]:
     """A YAML file as flags. ValueError for a key that is unknown, or that asks for what is not done here."""
-    from qwenkit.train.config import read_settings
+    from qwenkit.compat.verbs import read_export
 
-    settings: dict[str, Any] = {}
-    own = {"model", "adapter", "output", "shard_size", "format", "dtype", "template", "device", "quantize"}
-    own |= set(_OF_QUANTIZING)
-    for key, value in read_settings(path).items():
-        if key in _REFUSED:
-            if value not in (None, False):
-                raise ValueError(f"{path}: {key} is {value!r}, which export does not do: {_REFUSED[key]}")
-        elif key == "format":
-            if value not in _FORMATS:
-                raise ValueError(f"{path}: format is {value!r}, allowed are {', '.join(_FORMATS)}")
-            settings["legacy"] = value == "bin"
-        elif key in own or _KEYS.get(key):
-            settings[_KEYS.get(key) or key] = value
-        elif key not in _KEYS:
-            raise ValueError(
-                f"{path}: {key} is not a setting of export; {nearest(key, {**_KEYS, **dict.fromkeys(own)})}"
-            )
-    adapters = settings.get("adapter") or ()
-    if isinstance(adapters, str):
-        adapters = [name.strip() for name in adapters.split(",") if name.strip()]
-    if not isinstance(adapters, list | tuple) or not all(isinstance(name, str) for name in adapters):
-        raise ValueError(f"{path}: adapter is {adapters!r}, allowed is a folder or a list of folders")
-    settings["adapter"] = tuple(adapters)
-    if not isinstance(settings.get("legacy", False), bool):
-        raise ValueError(f"{path}: export_legacy_format is {settings['legacy']!r}, allowed are true and false")
+    settings = read_export(path, _OWN)
+    form = settings.pop("format", None)
+    if form is not None:
+        if form not in _FORMATS:
+            raise ValueError(f"{path}: format is {form!r}, allowed are {', '.join(_FORMATS)}")
+        settings["legacy"] = form == "bin"
     return settings
 
 

@@ -94,8 +94,8 @@ def _flag(name: str, hint: Any, default: Any, help_: str) -> Flag:
     if get_origin(hint) in (Union, types.UnionType):
         members = [member for member in get_args(hint) if member is not type(None)]
         optional = len(members) < len(get_args(hint))
-        assert len(members) == 1, f"{name}: a flag has one type"
-        hint = members[0]
+        assert members in ([members[0]], [int, float]), f"{name}: a flag has one type"
+        hint = members[-1]
     shape = {tuple: "list", Mapping: "pairs"}.get(get_origin(hint), "one")
     kind = {"one": hint, "list": (get_args(hint) or (None,))[0], "pairs": float}[shape]
     assert kind in _ALLOWED, f"{name}: no flag for the type {hint}"

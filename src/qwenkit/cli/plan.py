@@ -51,10 +51,11 @@ def train(
     It is a model folder, a config.json, a training YAML (of qwenkit or LLaMA-Factory), a name in recipes/sizes.yaml, or a model
     that is on this disk already. Every sample is taken to be cutoff_len tokens long.
     """
+    from qwenkit.compat.translate import translate
     from qwenkit.settings import parse_size
-    from qwenkit.train.config import TrainConfig, parse_assignments, read_settings
-    from qwenkit.train.foreign import translate
+    from qwenkit.train.config import TrainConfig
     from qwenkit.train.plan import largest_batch, plan_memory
+    from qwenkit.train.settings_file import parse_assignments, read_settings
 
     if gpus < 0 or per_node < 1:
         raise ValueError(f"gpus is {gpus} and per-node {per_node}, allowed are at least 0 and at least 1")
@@ -63,9 +64,10 @@ def train(
     own: dict[str, Any] = {"model": model_or_config}
     folder = Path()
     if path.suffix in (".yaml", ".yml"):
-        own = translate(read_settings(path)).settings
+        own = read_settings(path)
         folder = path.parent
-    config = TrainConfig.from_settings(own | parse_assignments(settings))
+    translation = translate(own, parse_assignments(settings), processes=max(1, gpus))
+    config = TrainConfig.from_settings(translation.settings)
     model = find_sizes(config.model, folder)
     machines: Any = {"packed": find_packed(config.model, config.method, folder), "gpus": gpus, "per_node": per_node}
     found = plan_memory(model, config, **machines)
@@ -113,7 +115,7 @@ def _find(name: str, folder: Path) -> dict[str, Any] | Path:
     """A model on this disk, or else what its config.json says."""
     from qwenkit.files import has_file, read_json
     from qwenkit.hub.find import find_model
-    from qwenkit.train.config import read_settings
+    from qwenkit.train.settings_file import read_settings
 
     path = Path(name).expanduser()
     if path.suffix == ".json" and has_file(path):

@@ -6,7 +6,7 @@ stderr, the trained model in output_dir; exit code 0, 1 where --check found erro
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any
 import click
 
 from qwenkit.cli.options import Verb, flags_of
-from qwenkit.train.config import TrainConfig, parse_assignments, read_settings
-from qwenkit.train.foreign import is_foreign, read_flags, translate
-from qwenkit.train.launch import Launch, run, started_by_torchrun
+from qwenkit.compat.sources import read_flags
+from qwenkit.compat.translate import translate
+from qwenkit.train.config import TrainConfig
+from qwenkit.train.launch import Launch, check_environment, run, started_by_torchrun
+from qwenkit.train.settings_file import parse_assignments, read_settings
 
 
 class _TrainVerb(Verb):
@@ -62,39 +64,41 @@ def train(words: tuple[str, ...], print_config: bool, check: bool, **launching: 
 
     Later words win over earlier ones, and all of them over the file.
     """
-    config, notes = read_config(words)
     launch = Launch(**launching)
+    config, notes = read_config(words, processes=launch.nproc * launch.nnodes)
     if print_config:
         click.echo(config.to_yaml(), nl=False)
         return
-    if launch.needed and not started_by_torchrun() and not check:
-        raise SystemExit(run(launch, "qwenkit", ["train", *words]))
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
+    if not started_by_torchrun() and not check:
+        notes += check_environment(launch)
+        if launch.needed:
+            raise SystemExit(run(launch, "qwenkit", ["train", *words]))
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            click.echo(f"note: {note}", err=True)
     from qwenkit.train import run as training
 
     if check:
-        report = training.check_data(config)
+        report = training.check_data(config, processes=launch.nproc * launch.nnodes)
         click.echo(str(report))
+        if report.refusal is not None:
+            raise ValueError(report.refusal)
         raise SystemExit(1 if report.num_errors else 0)
     if training.train(config, bar=sys.stderr.isatty()).reason == "interrupted":
         raise KeyboardInterrupt
 
 
-def read_config(words: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+def read_config(words: Sequence[str], *, processes: int = 1) -> tuple[TrainConfig, list[str]]:
     """The configuration of a command line, and what the user should know about the keys of other trainers in it.
 
-    A file comes first, then key=value, then flags. ValueError for what cannot be understood.
+    A file comes first, then key=value, then flags; they are merged, and then translated. `processes` is how many will train.
+    ValueError for what cannot be understood.
     """
     first_flag = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     plain, flags = list(words[:first_flag]), words[first_flag:]
     settings: dict[str, Any] = {}
     if plain and "=" not in plain[0]:
         settings = read_settings(Path(plain.pop(0)))
-    over = parse_assignments(plain) | read_flags(flags)
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    if is_foreign(settings | over):
-        translation = translate(settings | {key: value for key, value in over.items() if key not in known})
-        ours = {key: value for key, value in over.items() if key in known}
-        return TrainConfig.from_settings(translation.settings | ours), translation.notes
-    return TrainConfig.from_settings(settings | over), []
+    processes = int(os.environ.get("WORLD_SIZE", processes)) if started_by_torchrun() else processes
+    translation = translate(settings, parse_assignments(plain), read_flags(flags), processes=processes)
+    return TrainConfig.from_settings(translation.settings), translation.notes

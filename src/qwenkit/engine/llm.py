@@ -34,7 +34,7 @@ from qwenkit.text.chatml import CHATML
 from qwenkit.weights.checkpoint import open_checkpoint
 from qwenkit.weights.load import load_model, plain_types
 from qwenkit.weights.repacked import load_packed
-from qwenkit.weights.templated import Templated, can_use_chatml, replaced_template
+from qwenkit.weights.templated import Templated, can_use_chatml, replaced_template, with_template
 
 log = logging.getLogger("qwenkit.engine")
 
@@ -62,6 +62,7 @@ class LLM:
 
     Settings are those of EngineConfig, given as one or by name: `LLM("smollm2", kv_memory="1GiB", max_model_len=4096)`.
     `lora` names LoRA adapters by folder: `LLM("smollm2", lora={"poet": "adapters/poet"}).generate(text, adapter="poet")`.
+    `template` is the chat template of a model that has none: qwen, chatml, or a .jinja file, which replaces any.
     Raises ValueError or FileNotFoundError, one sentence, for anything that cannot be found, read or fit.
     """
 
@@ -71,11 +72,12 @@ class LLM:
         config: EngineConfig | None = None,
         *,
         lora: Mapping[str, str | Path] | None = None,
+        template: str = "default",
         progress: bool = False,
         **settings: Any,
     ) -> None:
         self.config = _with_settings(config or EngineConfig(), settings)
-        checkpoint = open_checkpoint(find_model(str(model), progress=progress))
+        checkpoint = with_template(open_checkpoint(find_model(str(model), progress=progress)), template)
         if self.config.chat_template is not None:
             checkpoint = replaced_template(checkpoint, self.config.chat_template)
         self.default_params = SamplingParams.from_generation_config(checkpoint.generation_config)

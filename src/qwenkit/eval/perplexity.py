@@ -1,29 +1,29 @@
 """Perplexity: how well a model foresees a text, token by token.
 
-In: a text file and an open LLM. Out: windows of token ids, and their mean negative log-likelihood. The protocol of GPTQ and of
+In: a data file and an open LLM. Out: windows of token ids, and their mean negative log-likelihood. The protocol of GPTQ and of
 published wikitext-2 figures is one text, tokenized once, cut into disjoint windows of 2,048 tokens, each read on its own; sliding
 windows give every token a longer context. Windows are read through the engine's paged cache, so that a quantized one counts.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from qwenkit.engine.batch import Paged
 from qwenkit.engine.llm import LLM
-from qwenkit.files import has_file
 from qwenkit.model.rope import ntk_alpha
+from qwenkit.text.chat import ChatFormat
+from qwenkit.text.tokenizer import Tokenizer
+from qwenkit.train.data.documents import Document, is_text, read_documents, whole_text
 
-SUFFIXES = (".txt", ".md", ".raw", ".tokens", ".jsonl", ".parquet")
 LOGIT_ROWS = 256  # rows that meet the vocabulary at once: a window's logits are never whole
 
 
@@ -49,63 +49,32 @@ class Perplexity:
         return math.exp(self.nll) if self.nll < 700 else math.inf
 
 
-def read_text(path: Path) -> str:
-    """The text of a data file.
+def read_data(path: Path) -> list[Document]:
+    """The documents of a data file, of any kind and shape that training reads.
 
-    Plain text as it is; of .jsonl and .parquet the field `text` of all rows, joined by two line feeds. The lines of WikiText's
-    own files (.raw, .tokens) are such rows too, as datasets' wikitext-2-raw-v1 has them: with their line feed, blank ones empty.
-    Raises ValueError naming the file for another suffix, a row without text, or no text at all.
+    Plain text is one document, as it is. Texts of rows (`text`) are one too, joined by two line feeds. The lines of WikiText's
+    own files (.raw, .tokens) are such rows, as datasets' wikitext-2-raw-v1 has them: with their line feed, blank ones empty.
+    Conversations are documents of their own. Raises ValueError naming the file, and the line of a record that cannot be read.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"data is {str(path)!r}, allowed are files that end in {', '.join(SUFFIXES)}")
-    if not has_file(path):
-        raise FileNotFoundError(f"{path} does not exist")
-    if suffix == ".parquet":
-        text = "\n\n".join(_parquet_rows(path))
+    if is_text(path):
+        text = whole_text(path)
+        if path.suffix.lower() in (".raw", ".tokens"):
+            lines = io.StringIO(text, newline="\n")
+            text = "\n\n".join(line if line.strip() else "" for line in lines)
+        documents = [Document(str(path), text=text)]
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8 text") from None
-        if suffix == ".jsonl":
-            text = "\n\n".join(_json_rows(path, text))
-        elif suffix in (".raw", ".tokens"):
-            text = "\n\n".join(line if line.strip() else "" for line in text.splitlines(keepends=True))
-    if not text.strip():
+        rows = list(read_documents(path))
+        if all(row.text is not None for row in rows):
+            rows = [Document(str(path), text="\n\n".join(row.text or "" for row in rows))] if rows else []
+        documents = rows
+    if not any(document.text is None or document.text.strip() for document in documents):
         raise ValueError(f"{path} holds no text")
-    return text
+    return documents
 
 
-def _json_rows(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            raise ValueError(f"{path}: line {number} is no JSON") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError(f'{path}: line {number} has no "text", allowed is an object such as {{"text": "…"}}')
-        yield record["text"]
-
-
-def _parquet_rows(path: Path) -> list[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(f"{path} needs pyarrow to be read: pip install 'qwenkit[data]'") from None
-    try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is no Parquet file that can be read: {error}") from None
-    if "text" not in table.column_names:
-        raise ValueError(f"{path} has no column text, its columns are {', '.join(table.column_names)}")
-    rows: list[Any] = table.column("text").to_pylist()
-    if not all(isinstance(row, str) for row in rows):
-        raise ValueError(f"{path}: the column text holds values that are no text")
-    return rows
+def encode(documents: Sequence[Document], tokenizer: Tokenizer, chat: ChatFormat | None) -> list[int]:
+    """Ids of all documents, end to end."""
+    return [id for document in documents for id in document.encode(tokenizer, chat)]
 
 
 def windows_of(

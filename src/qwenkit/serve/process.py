@@ -47,7 +47,13 @@ def check_trust(config: ServeConfig, keys: Keys) -> None:
 
 
 def run(
-    model: str, engine_config: EngineConfig, config: ServeConfig, on_ready: Callable[[str], None], *, progress: bool
+    model: str,
+    engine_config: EngineConfig,
+    config: ServeConfig,
+    on_ready: Callable[[str], None],
+    *,
+    template: str = "default",
+    progress: bool,
 ) -> int:
     """Serve until a signal; `on_ready` gets the sentence that says where. The signal's number is the result.
 
@@ -61,7 +67,7 @@ def run(
     sock = bind(config.host, config.port)
     try:
         logs.configure(config.log_format)
-        llm = LLM(model, engine_config, lora=config.adapters(), progress=progress)
+        llm = LLM(model, engine_config, lora=config.adapters(), template=template, progress=progress)
         server = make_server(llm, names_of(model, config), config)
         _warm(server, llm)
         try:

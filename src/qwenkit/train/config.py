@@ -1,7 +1,7 @@
 """TrainConfig: everything a user may decide about a training run. Flags, YAML keys and `key=value` are generated from it.
 
-In: a YAML (or JSON) file and texts `key=value`. Out: one frozen dataclass, checked field by field. Names are LLaMA-Factory's
-where it has the thing; train/foreign.py translates its other keys, and the flags of Qwen's finetune.py, before they come here.
+In: decoded settings, or their texts. Out: one frozen dataclass, checked field by field. Names are LLaMA-Factory's where it has
+the thing; compat/ translates its other keys, and the flags of Qwen's finetune.py, before they come here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -35,11 +34,13 @@ class TrainConfig:
     method: str = option("lora", "full, freeze (some layers), lora, or qlora (LoRA over a 4-bit base)")
     adapter: str | None = option(None, "a PEFT adapter folder to go on training")
     freeze_trainable_layers: int = option(2, "freeze: how many of the last layers are trained (negative: of the first)")
+    freeze_trainable_modules: tuple[str, ...] = option(("all",), "freeze: modules of those layers, such as mlp; or all")
+    freeze_extra_modules: tuple[str, ...] = option((), "freeze: modules outside of the layers that are trained too")
     freeze_trainable: tuple[str, ...] = option((), "freeze: patterns of parameter names that are trained, instead")
     lora_rank: int = option(8, "LoRA's rank")
     lora_alpha: float | None = option(None, "LoRA's alpha (default: twice the rank)")
     lora_dropout: float = option(0.0, "share of inputs that LoRA does not see")
-    lora_target: tuple[str, ...] = option(("all",), "names of the Linears that get LoRA; all is every one but the head")
+    lora_target: tuple[str, ...] = option(("all",), "names or patterns of the Linears that get LoRA; all: but the head")
     lora_bias: str = option("none", "which biases are trained too: none, all or lora_only")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank)")
     use_dora: bool = option(False, "train the lengths of the columns apart from their directions")
@@ -65,6 +66,12 @@ class TrainConfig:
     )
     system: str | None = option(None, "system message for conversations that have none")
     variables: tuple[str, ...] = option((), "texts for {{name}} in samples, as name=text")
+    enable_thinking: bool | None = option(
+        None, "thinking, as the chat template is told (default: on for answers with thoughts, off for others)"
+    )
+    split_special_tokens: bool = option(
+        True, "pt: control tokens written in a text are plain characters; false: tokens"
+    )
     cutoff_len: int = option(2048, "most tokens of a sample; with packing, of a pack")
     max_samples: int | None = option(None, "read only so many samples of each data set")
     labels: str = option("chat", "what is learned: chat (answers), qwen1 or mindformers (their older schemes)")
@@ -95,7 +102,7 @@ class TrainConfig:
     min_lr_ratio: float = option(0.0, "the smallest, as a share of the largest, at the end of cosine, linear and wsd")
     lr_scheduler_type: str = option("cosine", "cosine, linear, constant, constant_with_warmup or wsd")
     warmup_ratio: float = option(0.0, "share of the steps in which the learning rate rises")
-    warmup_steps: int = option(0, "the same in steps; goes before warmup_ratio")
+    warmup_steps: int | float = option(0, "the same in steps (below 1: as a share); goes before warmup_ratio")
     decay_ratio: float = option(0.2, "wsd: share of the steps in which the learning rate falls")
     weight_decay: float = option(0.0, "AdamW's weight decay; not of norms and biases")
     adam_beta1: float = option(0.9, "AdamW's beta1")
@@ -127,12 +134,16 @@ class TrainConfig:
     output_dir: str = option("output", "folder for the trained model, checkpoints, logs")
     overwrite_output_dir: bool = option(False, "delete an earlier run in output_dir")
     resume_from_checkpoint: str | None = option(None, "latest, or a checkpoint folder: go on from there")
-    save_steps: int | None = option(500, "steps from checkpoint to checkpoint")
+    save_strategy: str = option("steps", "a checkpoint each save_steps, each epoch, only of the best evaluation, or no")
+    save_steps: int | float | None = option(500, "steps from checkpoint to checkpoint (below 1: as a share of all)")
     save_total_limit: int | None = option(None, "keep so many checkpoints, and the best one")
     load_best_model_at_end: bool = option(False, "what is saved at the end is the checkpoint of the lowest eval_loss")
     export_size: str = option("5GB", "largest file of a saved model, such as 5GB or 5GiB (or 5G), or a number of GB")
-    logging_steps: int = option(10, "steps from log line to log line")
-    eval_steps: int | None = option(None, "steps from evaluation to evaluation (default: as save_steps)")
+    logging_steps: int | float = option(10, "steps from log line to log line (below 1: as a share of all)")
+    eval_strategy: str = option("steps", "an evaluation each eval_steps, each epoch, or no: only at the end")
+    eval_steps: int | float | None = option(
+        None, "steps from evaluation to evaluation (below 1: as a share; default: as save_steps)"
+    )
     early_stopping_patience: int | None = option(None, "stop after so many evaluations without a better one")
     sample_prompts: tuple[str, ...] = option((), "prompts answered at each evaluation, for the log")
     sample_max_new_tokens: int = option(64, "longest of these answers")
@@ -148,6 +159,13 @@ class TrainConfig:
             _one_of("report_to", reporter, REPORTERS)
         for name, (low, high, whole) in _RANGES.items():
             _in_range(name, getattr(self, name), low, high, whole)
+        for name, low in _STEPS.items():
+            _steps_or_share(name, getattr(self, name), low)
+        if self.stage == "kto" and self.batch_size < 2:
+            raise ValueError(
+                f"per_device_train_batch_size is {self.batch_size}, allowed is 2 or more for kto: "
+                "its baseline comes from answers to other prompts of the same micro-batch"
+            )
         for variable in self.variables:
             if "=" not in variable:
                 raise ValueError(f"variables holds {variable!r}, allowed is name=text")
@@ -210,6 +228,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup", "wsd"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "master_weights": ("float32", "stochastic"),
+    "save_strategy": ("no", "steps", "epoch", "best"),
+    "eval_strategy": ("no", "steps", "epoch"),
     "nan_policy": ("stop", "skip"),
     "oom_policy": ("halve", "stop"),
     "parallel": ("auto", "ddp", "fsdp"),
@@ -222,12 +242,11 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
             *("lora_rank", "cutoff_len", "max_samples", "buffer_size", "preprocessing_num_workers", "max_steps"),
             *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
             *("loss_chunk", "dp_replicate", "dp_shard", "tensor_parallel", "context_parallel", "ddp_timeout"),
-            *("save_steps", "save_total_limit", "logging_steps", "eval_steps", "early_stopping_patience"),
-            "sample_max_new_tokens",
+            *("save_total_limit", "early_stopping_patience", "sample_max_new_tokens"),
         ),
         (1, math.inf, True),
     ),
-    **dict.fromkeys(("warmup_steps", "seed"), (0, 2**63 - 1, True)),
+    "seed": (0, 2**63 - 1, True),
     **dict.fromkeys(
         (
             *("lora_alpha", "pref_beta", "pref_ftx", "simpo_gamma", "kto_chosen_weight", "kto_rejected_weight"),
@@ -238,46 +257,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("min_lr_ratio", "warmup_ratio", "decay_ratio", "pref_label_smoothing"), (0.0, 1.0, False)),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "ema"), (0.0, _BELOW_ONE, False)),
 }
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The keys of a YAML or JSON file; none of them is checked yet.
-
-    Raises FileNotFoundError, and ValueError for a file that is no YAML, holds no mapping, or one key twice.
-    """
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not valid UTF-8") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML that can be read: {' '.join(str(error).split())}") from None
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise ValueError(f"{path} must hold lines `key: value`")
-    return settings
-
-
-def parse_assignments(texts: Iterable[str]) -> dict[str, str]:
-    """`key=value` texts as settings; later ones win. ValueError for a text without `=`."""
-    settings = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} is neither a file nor key=value")
-        settings[key.strip().removeprefix("--").replace("-", "_")] = value
-    return settings
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe subset, without keys that stand twice and override one another in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"the key {twice} stands twice")
-        return super().construct_mapping(node, deep)
+# Numbers of steps, or shares of all steps; and the smallest.
+_STEPS = {"warmup_steps": 0, "save_steps": 1, "logging_steps": 1, "eval_steps": 1}
 
 
 @cache
@@ -293,9 +274,13 @@ _ALLOWED = {int: "a whole number", float: "a number", bool: "true or false", str
 def _typed(name: str, hint: Any, value: Any) -> Any:
     """`value` as the field's type; texts are read as the type that is wanted, so that YAML's `1e-4` is a number."""
     if get_origin(hint) in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "null")):
+        is_empty = value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "null"))
+        if is_empty and type(None) in get_args(hint):
             return None
-        hint = next(member for member in get_args(hint) if member is not type(None))
+        members = [member for member in get_args(hint) if member is not type(None)]
+        if len(members) == 2 and _is_whole(value):  # int | float
+            return value if isinstance(value, bool) else int(float(value))
+        hint = members[-1]
     if get_origin(hint) is tuple:
         kind = get_args(hint)[0]
         items = [] if value is None else value
@@ -316,6 +301,13 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
     if type(value) is not hint:
         raise ValueError(f"{name} is {value!r}, allowed is {_ALLOWED[hint]}")
     return value
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return float(value).is_integer()
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 _WHOLE_TEXTS = ("sample_prompts", "variables")  # a comma is part of the text; several are given as a YAML list
@@ -344,6 +336,16 @@ def _in_range(name: str, value: object, low: float, high: float, whole: bool) ->
         kind = "a whole number" if whole else "a number"
         to = "or more" if math.isinf(high) else "to less than 1" if high == _BELOW_ONE else f"to {high:g}"
         raise ValueError(f"{name} is {value!r}, allowed is {kind}, {low:g} {to}")
+
+
+def _steps_or_share(name: str, value: Any, low: int) -> None:
+    if value is None and type(None) in get_args(_hints()[name]):
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (0 < value < 1 or (value >= low and not math.isinf(value) and value == int(value))):
+        raise ValueError(
+            f"{name} is {value!r}, allowed is a whole number, {low} or more, or a share of all steps between 0 and 1"
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -69,6 +69,35 @@ def started_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return "WORLD_SIZE" in environment and "RANK" in environment
 
 
+def check_environment(launch: Launch, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Notes on launch variables of other trainers, which are not read: what the flags say is what is started.
+
+    Raises ValueError, naming the flags, where they ask for several nodes and the flags for one: this node would train alone.
+    """
+    names = {
+        "NNODES": "nnodes",
+        "NODE_RANK": "node_rank",
+        "NPROC_PER_NODE": "nproc",
+        "MASTER_ADDR": "master",
+        "MASTER_PORT": "port",
+    }
+    given = {
+        name: next((environment[key] for key in (name, f"PET_{name}") if environment.get(key)), "") for name in names
+    }
+    given = {name: value for name, value in given.items() if value}
+    flags = {name: f"--{names[name].replace('_', '-')} {value}" for name, value in given.items()}
+    if given.get("NNODES", "1") not in ("0", "1") and launch.nnodes == 1:
+        said = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(
+            f"the environment says {said}, but this command starts one node; {' '.join(flags.values())} joins them, "
+            "and without NNODES in the environment one node trains alone"
+        )
+    unlike = [name for name, value in given.items() if str(getattr(launch, names[name])) != value]
+    if given.get("NPROC_PER_NODE", "1") == "1" and launch.nnodes == 1:
+        unlike = []  # one process meets nobody
+    return [f"{name}={given[name]} in the environment is not read; {flags[name]} says it" for name in unlike]
+
+
 def run(launch: Launch, module: str, arguments: Sequence[str]) -> int:
     """Run torchrun and wait for it; its exit code. Ctrl-C reaches all processes, which are waited for while they save."""
     environment = dict(os.environ)

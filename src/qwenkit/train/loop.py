@@ -34,8 +34,8 @@ from qwenkit.train.log import Callback
 from qwenkit.train.optim import MovingAverage, Optimizer, clip
 from qwenkit.train.parallel import gradient_norm, gradient_sync, reduce_gradients, reshard
 from qwenkit.train.parts import Outcome, Parts, Progress
-from qwenkit.train.resume import check_steps, restore_progress
-from qwenkit.train.schedule import learning_rate
+from qwenkit.train.resume import check_end, restore_progress, resumed_step, step_size
+from qwenkit.train.schedule import learning_rate, steps_of
 
 _MOST_SKIPPED = 20  # steps in a row
 _MOST_HALVED = 10
@@ -64,13 +64,14 @@ class Trainer:
                 raise ValueError("max_steps is missing: the length of the data is not known")
             self.batches = max(1, math.ceil(per_epoch * config.num_train_epochs))
         self.total_steps = config.max_steps or math.ceil((self.batches or 1) / config.gradient_accumulation_steps)
-        self.sequences_per_step = config.batch_size * config.gradient_accumulation_steps * self.world.data_world_size
+        self.sequences_per_step = step_size(config, self.world.world_size)
         self.stop: str | None = None
         self._stream = self._endless()
         self._metrics: dict[str, float] = {}
         self._counted = 0.0
         self._last_loss = math.nan
         self._last_eval: float | None = None
+        self._ended_epoch = False  # by the last step
 
     def run(self) -> Outcome:
         """Train to the end, or until it is stopped. The model is left in training mode."""
@@ -107,7 +108,9 @@ class Trainer:
         progress, wanted = self.progress, self.config.gradient_accumulation_steps
         if self.batches is not None:
             wanted = min(wanted, self.batches - progress.step * wanted)
+        epoch = self.parts.train.epoch
         batches = [next(self._stream) for _ in range(wanted)]
+        self._ended_epoch = self.parts.train.epoch > epoch
         count = self.world.sum(float(sum(self.parts.objective.weight(batch) for batch in batches)))
         rate = learning_rate(progress.step, self.total_steps, self.config)
         losses, sums = self._backward_with_less_memory(batches, max(count, 1.0))
@@ -233,23 +236,27 @@ class Trainer:
         config, step = self.config, self.progress.step
         last = step == self.total_steps
         interrupted = self.world.any(self.stop is not None)
-        if step % config.logging_steps == 0 or last or interrupted:
+        if self._is_due("steps", config.logging_steps) or last or interrupted:
             self._log()
         better = False
-        if self.parts.evaluation is not None and (last or step % self._eval_steps == 0) and not interrupted:
+        evaluates = last or self._is_due(config.eval_strategy, config.eval_steps or config.save_steps)
+        if self.parts.evaluation is not None and evaluates and not interrupted:
             better = self._evaluate()
         patience = config.early_stopping_patience
         early = patience is not None and self.progress.waited >= patience
-        saves = config.save_steps is not None and (step % config.save_steps == 0 or last or early)
-        if saves or interrupted or (better and (config.save_steps is not None or config.load_best_model_at_end)):
+        strategy = "no" if config.save_strategy == "steps" and config.save_steps is None else config.save_strategy
+        saves = strategy in ("steps", "epoch") and (self._is_due(strategy, config.save_steps) or last or early)
+        if saves or interrupted or (better and (strategy != "no" or config.load_best_model_at_end)):
             self.save()
         if interrupted:
             return "interrupted"
         return "early" if early and not last else None
 
-    @property
-    def _eval_steps(self) -> int:
-        return self.config.eval_steps or self.config.save_steps or self.total_steps
+    def _is_due(self, strategy: str, steps: float | None) -> bool:
+        """True where a step is the last of an epoch, or one that `steps` (a share of all, below 1) names."""
+        if strategy == "epoch":
+            return self._ended_epoch
+        return strategy == "steps" and steps is not None and self.progress.step % steps_of(steps, self.total_steps) == 0
 
     def _log(self) -> None:
         config, step = self.config, self.progress.step
@@ -332,9 +339,10 @@ class Trainer:
         """Resume from a checkpoint, as if nothing had happened. ValueError for a damaged one, or one of other settings."""
         saved = load_checkpoint(folder, self._tensors(), self.world)
         self.progress = restore_progress(saved, self.progress)
-        epochs = self.batches is not None
-        if note := check_steps(folder, saved, self.sequences_per_step, self.total_steps, epochs=epochs):
-            self._say(note)
+        step, changed = resumed_step(saved.state, self.config, self.world.world_size)
+        if changed is not None:
+            self._say(changed)
+        self.progress.step = check_end(folder, saved, step, self.total_steps)
         self.parts.train.load_state_dict(saved.own["data"])
         self._stream = self._endless()
 

@@ -148,11 +148,21 @@ def model_of_shapes(sizes: ModelConfig, config: TrainConfig, packed: Mapping[str
         if isinstance(module, PackedBase):
             kind = packed[f"{name}.weight"]
             module.to("meta").take(packed_outline(kind, module.out_features, module.in_features))
+    if config.stage == "rm":
+        model.score = nn.Linear(model.config.hidden_size, 1, bias=False, device="meta")
     if config.method in ADAPTERS:
         _adapt(model, config, None)
     elif config.method == "freeze":
         _train_only(model, freeze_names(model, config))
     return model
+
+
+def check_adapter(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Raise what `prepare_model` raises for the adapter that is to be trained on; no weights of the model are read."""
+    model = empty_model(ModelConfig.from_dict(checkpoint.config), torch.float32)
+    if config.stage == "rm":
+        model.score = nn.Linear(model.config.hidden_size, 1, bias=False, device="meta")
+    _given_adapter(model, config, checkpoint)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -210,10 +220,10 @@ def _adapt(
             put(model, name, lora)
     whole: list[str] = []
     if given is not None:
-        saved = spelled(given.settings.get("modules_to_save") or (), model)
+        saved = spelled(given.settings.get("modules_to_save") or ())
         whole = [name for name in given.parameters if any(f".{module}." in f".{name}." for module in saved)]
     modules = [name for name, module in model.named_modules() if list(module.parameters(recurse=False))]
-    for pattern in spelled(config.modules_to_save, model):
+    for pattern in spelled(config.modules_to_save):
         for module in meeting(pattern, modules, "modules_to_save"):
             own = model.get_submodule(module).named_parameters()
             whole += [f"{module}.{name}".replace(".base.", ".") for name, _ in own]

@@ -6,6 +6,7 @@ In: the names in `report_to`. Out: callbacks; a tracker that is not installed is
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ _MAKERS: dict[str, tuple[str, Callable[[TrainConfig, Any], Callback]]] = {
     "trackio": ("trackio", Tracker),
     "mlflow": ("mlflow", MLflow),
 }
+
+
+def check_reporters(config: TrainConfig) -> None:
+    """ValueError for a name in `report_to` whose package is not installed."""
+    for name in config.report_to:
+        package = "tensorboard" if name == "tensorboard" else name
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"report_to names {name}, which is not installed: pip install {name}")
 
 
 def reporters(config: TrainConfig) -> list[Callback]:

@@ -1,14 +1,16 @@
 """Where a run begins: in a new folder, over an earlier run, or at one of its checkpoints.
 
 In: the configuration and output_dir; later, what a checkpoint has saved. Out: the checkpoint to resume from, the progress to go
-on with, or a ValueError that says why a run cannot go on. An earlier run is deleted only where overwrite_output_dir says so.
+on with and its step in steps of this run's size, or a ValueError that says why a run cannot go on. An earlier run is deleted
+only where overwrite_output_dir says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from qwenkit.train.checkpoint import Saved, checkpoints, latest_checkpoint, remove_checkpoint, remove_leftovers
 from qwenkit.train.config import TrainConfig
@@ -19,6 +21,7 @@ from qwenkit.train.plots import FILES
 
 RESULTS = "all_results.json"
 _FINISHED = (RESULTS, "config.json", "adapter_config.json")  # what a finished run, or a model, is known by
+_NAMES = {field.name for field in fields(TrainConfig)}
 
 
 def check_folders(config: TrainConfig, folder: Path) -> None:
@@ -83,23 +86,51 @@ def restore_progress(saved: Saved, new: Progress) -> Progress:
     return progress
 
 
-def check_steps(folder: Path, saved: Saved, sequences_per_step: int, total_steps: int, *, epochs: bool) -> str | None:
-    """Compare the steps of a checkpoint with those of the run that resumes from it; a sentence for people where they differ.
+def resumed_step(state: Mapping[str, Any], config: TrainConfig, world_size: int) -> tuple[int, str | None]:
+    """The step of a checkpoint's `state`, counted in steps of this run's size, and a sentence where that is another one.
 
-    Raises ValueError for a checkpoint beyond the last step, and for steps of another size where `epochs` say how long the run is.
+    Where num_train_epochs says how long the run is, steps are counted anew by the samples that were seen, so that the rest of the
+    data is what is left. Where max_steps says it, they are steps, whatever their size.
     """
-    step, before = saved.state["step"], saved.state.get("sequences_per_step")
-    if step > total_steps:
+    step, before, now = int(state["step"]), _saved_size(state), step_size(config, world_size)
+    if before is None or before == now:
+        return step, None
+    what = "packs" if config.packs else "samples"
+    said = (
+        f"a step has {now} {what} now (per_device_train_batch_size * gradient_accumulation_steps * data-parallel processes), "
+        f"and had {before} before the checkpoint"
+    )
+    if config.max_steps is not None:
+        return step, f"{said}; max_steps, warm-up and save_steps count steps whatever their size"
+    counted = step * before // now
+    return counted, f"{said}; the {step * before} {what} that were seen are {counted} steps of this size"
+
+
+def check_end(folder: Path, saved: Saved, step: int, total_steps: int) -> int:
+    """The step to resume at, `step` as `resumed_step` counts it. Raises ValueError for a checkpoint beyond the last step.
+
+    A step that was counted anew may lie beyond it all the same, since the last step of an epoch can be a smaller one: then the
+    run is at its end.
+    """
+    if step > total_steps and step == saved.state["step"]:
         raise ValueError(
             f"{folder} is at step {step}, but the run has {total_steps}: nothing is left to train; max_steps or "
             "num_train_epochs can make it longer"
         )
-    if before is None or before == sequences_per_step:  # older versions did not save it
+    return min(step, total_steps)
+
+
+def step_size(config: TrainConfig, world_size: int) -> int:
+    """Samples (with packing: packs) of one step of all processes."""
+    copies = world_size // (config.tensor_parallel * config.context_parallel)
+    return config.batch_size * config.gradient_accumulation_steps * max(copies, 1)
+
+
+def _saved_size(state: Mapping[str, Any]) -> int | None:
+    """`step_size` of the run that wrote a checkpoint; older versions saved only what it follows from, or nothing (None)."""
+    if "sequences_per_step" in state:
+        return int(state["sequences_per_step"])
+    earlier = {key: value for key, value in dict(state.get("config") or {}).items() if key in _NAMES}
+    if not earlier or "world_size" not in state:
         return None
-    changed = (
-        f"a step was {before} sequences when {folder} was written and is {sequences_per_step} now "
-        "(per_device_train_batch_size * gradient_accumulation_steps * data-parallel processes)"
-    )
-    if epochs:
-        raise ValueError(f"{changed}, so the steps of its epochs are others; allowed is the same product, or max_steps")
-    return f"{changed}; step {step} of {total_steps} is counted on in steps of the new size"
+    return step_size(TrainConfig.from_settings(earlier), int(state["world_size"]))

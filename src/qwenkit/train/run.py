@@ -16,13 +16,13 @@ from qwenkit import ops
 from qwenkit.hub.find import find_model
 from qwenkit.model.context import pack
 from qwenkit.model.qwen import Qwen
-from qwenkit.settings import parse_size
 from qwenkit.storage import write_json
 from qwenkit.text.chat import ChatFormat
 from qwenkit.text.chatml import NAMED
 from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.data import DataStream, Report, check
+from qwenkit.train.data.registry import find_sources
 from qwenkit.train.log import (
     Callback,
     Everyone,
@@ -49,17 +49,22 @@ from qwenkit.train.parts import NextTokens, Objective, Outcome, Parts
 from qwenkit.train.plots import plot_losses
 from qwenkit.train.preference import STAGES, make_reference, objective
 from qwenkit.train.recompute import recompute_blocks
+from qwenkit.train.refusals import check_model, check_settings
 from qwenkit.train.reporters import reporters
 from qwenkit.train.resume import RESULTS, check_folders, prepare_folder, remove_earlier_run
 from qwenkit.weights.checkpoint import Checkpoint, open_checkpoint
 from qwenkit.weights.templated import with_template
 
 
-def check_data(config: TrainConfig) -> Report:
-    """Read all data as training would, and report; nothing is trained."""
-    _check_complete(config)
+def check_data(config: TrainConfig, *, processes: int = 1) -> Report:
+    """Read all data as training would, and report; nothing is trained, and no weights are read.
+
+    Raises what a run of `processes` processes would refuse before it reads data; what it would refuse then is in the report.
+    """
+    check_settings(config)
     check_folders(config, Path(config.output_dir))
     checkpoint = _checkpoint(config)
+    check_model(config, checkpoint, processes)
     return check(config, checkpoint.tokenizer(), checkpoint.chat())
 
 
@@ -69,7 +74,7 @@ def train(config: TrainConfig, *, bar: bool = False, callbacks: Sequence[Callbac
     `bar` draws a progress line; `callbacks` hear of the run too. Raises ValueError or OSError, one sentence, for whatever the
     user can put right.
     """
-    _check_complete(config)
+    check_settings(config)
     ops.use()
     world = World.current(config)
     try:
@@ -88,7 +93,11 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
         find_model(config.model)  # one process downloads
     world.barrier()
     checkpoint = _checkpoint(config)
+    check_model(config, checkpoint, world.world_size)
     tokenizer, chat = checkpoint.tokenizer(), checkpoint.chat()
+    for source in find_sources((*config.dataset, *config.eval_dataset), Path(config.dataset_dir)):
+        for note in source.notes:
+            say(f"note: {note}")
     data = {
         split: DataStream(config, tokenizer, chat, rank=world.data_rank, world_size=world.data_world_size, split=split)
         for split in (("train", "eval") if config.has_eval else ("train",))
@@ -148,7 +157,12 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
     trainer = Trainer(config, parts, Everyone(listeners))
     if resumed is not None:
         trainer.load(resumed)
-        say(f"goes on from {resumed}, step {trainer.progress.step} of {trainer.total_steps}")
+        if trainer.progress.step < trainer.total_steps:
+            say(f"goes on from {resumed}, step {trainer.progress.step} of {trainer.total_steps}")
+        else:
+            say(
+                f"{resumed} is at step {trainer.progress.step}, and the run ends at step {trainer.total_steps}: nothing is left"
+            )
     elif world.is_first and config.resume_from_checkpoint is None:
         remove_earlier_run(folder)
     outcome = trainer.run()
@@ -165,7 +179,10 @@ def _train(config: TrainConfig, world: World, bar: bool, callbacks: Sequence[Cal
             save_trained(model, config, checkpoint, folder / "ema", writes=world.is_first)
     if world.is_first:
         _results(config, folder, outcome, trainer, time.monotonic() - begun)
-        say(f"{'stopped early' if outcome.reason == 'early' else 'done'}: {folder}, {clock(time.monotonic() - begun)}")
+        dropped = data["train"].report.num_dropped
+        left_out = f"; {dropped} of {data['train'].report.num_records} records were dropped" if dropped else ""
+        ended = "stopped early" if outcome.reason == "early" else "done"
+        say(f"{ended}: {folder}, {clock(time.monotonic() - begun)}{left_out}")
     return outcome
 
 
@@ -178,20 +195,6 @@ def _checkpoint(config: TrainConfig) -> Checkpoint:
             f"template is missing: the model has none; allowed are {', '.join(sorted(NAMED, reverse=True))} and .jinja files"
         )
     return with_template(checkpoint, config.template)
-
-
-def _check_complete(config: TrainConfig) -> None:
-    if not config.model:
-        raise ValueError("model is missing: a folder, a .gguf file, a hub id, or smollm2")
-    if not config.dataset:
-        raise ValueError("dataset is missing: names of dataset_info.json in dataset_dir, or files")
-    parse_size(
-        "export_size", config.export_size, unit="GB", example="4GB"
-    )  # else refused when the trained model is saved
-    if config.early_stopping_patience is not None and not config.has_eval:
-        raise ValueError("early_stopping_patience needs evaluation data: val_size or eval_dataset")
-    if config.load_best_model_at_end and not config.has_eval:
-        raise ValueError("load_best_model_at_end needs evaluation data: val_size or eval_dataset")
 
 
 def _objective(config: TrainConfig, checkpoint: Checkpoint, model: Qwen, world: World) -> Objective:
@@ -214,7 +217,7 @@ def answers(
     ]
     texts = [list(prompt) for prompt in prompts]
     going = list(range(len(texts)))
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     model.eval()
     for _ in range(config.sample_max_new_tokens):
         ids, positions, context = pack([texts[i] for i in going], model.config, device)

@@ -15,7 +15,14 @@ def warmup_length(total: int, config: TrainConfig) -> int:
     """Steps in which the learning rate rises."""
     if config.lr_scheduler_type == "constant":
         return 0
-    return config.warmup_steps or math.ceil(total * config.warmup_ratio)
+    if config.warmup_steps:
+        return steps_of(config.warmup_steps, total)
+    return math.ceil(total * config.warmup_ratio)
+
+
+def steps_of(value: float, total: int) -> int:
+    """A number of steps that may be a share of `total`, as transformers reads values below 1."""
+    return math.ceil(value * total) if value < 1 else int(value)
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:

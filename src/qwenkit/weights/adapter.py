@@ -1,9 +1,11 @@
-"""LoRA adapters as peft stores them. In: a folder with adapter_config.json and adapter_model.safetensors, and the shapes of the
-model's Linears. Out: one low-rank update for each Linear that the adapter changes, and the parameters that it replaces whole.
+"""LoRA adapters as peft stores them. In: a folder with adapter_config.json and adapter_model.safetensors (or .bin), and the
+shapes of the model's Linears. Out: one low-rank update for each Linear that the adapter changes, and the parameters that it
+replaces whole.
 The way back is adapter_saving.py.
 
 The tensors say which Linears those are; a regular expression in the configuration is not run, since one can be made that never
-ends. Whatever would need more than updates of Linears is refused by name, and so is a pickled adapter_model.bin.
+ends. Whatever would need more than updates of Linears is refused by name. adapter_model.bin is opened by torch's weights-only
+unpickler, as pytorch_model.bin is.
 """
 
 from __future__ import annotations
@@ -22,18 +24,20 @@ from qwenkit.files import has_file, read_json
 from qwenkit.linear.lora import LowRank, lora_scaling
 from qwenkit.model.config_schema import Kind, Number, Whole
 from qwenkit.weights import names
+from qwenkit.weights.adapter_names import is_original, plain_name, replaced_name
 from qwenkit.weights.safetensors_files import read_file
 from qwenkit.weights.stored import StoredTensor
+from qwenkit.weights.torch_files import read_torch_file
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+TORCH_TENSORS = "adapter_model.bin"
 MAX_RANK = 512
 BIASES = ("none", "all", "lora_only")
 _RANK = Whole()  # see `_check_rank` for what a rank may be in the end
 _ALPHA = Number(-1e9, 1e9)  # a negative one takes the update away, as in peft
 
 PREFIX = "base_model.model."
-_WRAPPERS = re.compile(r"(?<=\.)(base_layer|modules_to_save)\.")  # what peft puts between a module and its parameters
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte")  # peft writes them where one has an adapter or was resized
 _LARGEST_CONFIG = 1 << 20  # bytes
 _LARGEST_HEADER = 16 << 20  # bytes, added to what the matrices can take
@@ -179,6 +183,7 @@ def _read_config(folder: Path, *, served: bool) -> dict[str, Any]:
     if not has_file(path):
         raise FileNotFoundError(f"{folder} has no {CONFIG}, so it is no adapter")
     config = read_json(path, _LARGEST_CONFIG)
+    config = {key: value for key, value in config.items() if value is not None}  # null is peft's default
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {shorten(config.get('peft_type'))}, allowed is 'LORA'")
     for key, what in _REFUSED_WHEN_SERVED.items():
@@ -205,7 +210,7 @@ def _read_config(folder: Path, *, served: bool) -> dict[str, Any]:
     config["r"] = _checked(path, "r", config.get("r", 8), _RANK)
     config["lora_alpha"] = _checked(path, "lora_alpha", config.get("lora_alpha", 8), _ALPHA)
     targets = config.setdefault("target_modules", None)
-    if not (isinstance(targets, str) or _is_texts(targets)):
+    if not (targets is None or isinstance(targets, str) or _is_texts(targets)):
         raise ValueError(f"{path}: target_modules is {shorten(targets)}, allowed is a list of names or a string")
     if config.get("modules_to_save") is not None and not _is_texts(config["modules_to_save"]):
         raise ValueError(f"{path}: modules_to_save is {shorten(config['modules_to_save'])}, allowed is a list of names")
@@ -248,7 +253,7 @@ def _for_module(folder: Path, config: Mapping[str, Any], key: str, module: str, 
     return default
 
 
-def _check_target(folder: Path, targets: str | list[str], module: str) -> None:
+def _check_target(folder: Path, targets: str | list[str] | None, module: str) -> None:
     if isinstance(targets, list) and not any(module == name or module.endswith(f".{name}") for name in targets):
         raise ValueError(f"{folder / TENSORS} has an update for {module}, which target_modules does not name")
 
@@ -262,11 +267,9 @@ def _read_tensors(
     """lora_A, lora_B and the lengths of every module under the module's own name; and what the adapter replaces whole."""
     path = folder / TENSORS
     if not has_file(path):
-        if has_file(folder / "adapter_model.bin"):
-            raise ValueError(
-                f"{folder} has its weights in adapter_model.bin, allowed is only {TENSORS}: convert it with peft"
-            )
-        raise FileNotFoundError(f"{folder} has no {TENSORS}")
+        path = folder / TORCH_TENSORS
+    if not has_file(path):
+        raise FileNotFoundError(f"{folder} has no {TENSORS} and no {TORCH_TENSORS}")
     # float64 is the widest type of either kind
     largest = _LARGEST_HEADER + 4 * MAX_RANK * sum(map(sum, shapes.values()))
     # of an adapter that is served the embedding and the head, where peft has saved them along
@@ -279,12 +282,14 @@ def _read_tensors(
         kinds |= {"lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
     modules: dict[str, dict[str, StoredTensor]] = {}
     whole: list[StoredTensor] = []
-    for tensor in read_file(path):
-        name = tensor.name.removeprefix(PREFIX)
+    for tensor in read_file(path) if path.name == TENSORS else read_torch_file(path):
+        name = plain_name(tensor.name)
+        if is_original(name):
+            continue
         match = re.fullmatch(r"(.+)\.(lora_.+)", name)
         kind = kinds.get(match[2]) if match else None
         replaces = match is None and (_is_embedding(name) if parameters is None else _replaces(config, name))
-        if not tensor.name.startswith(PREFIX) or not (kind or replaces):
+        if not (kind or replaces):
             raise ValueError(
                 f"{path}: tensor {tensor.name} is not supported, allowed are "
                 f"{PREFIX}….lora_A.weight and {PREFIX}….lora_B.weight"
@@ -293,9 +298,11 @@ def _read_tensors(
         if tensor.dtype not in ("F32", "F16", "BF16", "F64"):
             raise ValueError(f"{path}: tensor {tensor.name} is {tensor.dtype}, allowed are F32, F16, BF16 and F64")
         if match and kind:
-            modules.setdefault(match[1], {})[kind] = tensor
+            if kind in modules.setdefault(match[1], {}):
+                raise ValueError(f"{path} has lora_{kind} of {match[1]} twice; allowed is one adapter")
+            modules[match[1]][kind] = tensor
         else:
-            whole.append(replace(tensor, name=_WRAPPERS.sub("", name)))
+            whole.append(replace(tensor, name=replaced_name(name)))
     if not modules and not whole:
         raise ValueError(f"{path} has no tensors")
     for module, parts in modules.items():
@@ -308,13 +315,13 @@ def _read_tensors(
 
 def _is_embedding(name: str) -> bool:
     """Whether a tensor is the weight of the embedding or the head, which peft saves along where one has an adapter."""
-    module, _, kind = _WRAPPERS.sub("", name).rpartition(".")
+    module, _, kind = replaced_name(name).rpartition(".")
     return module.rpartition(".")[2] in _EMBEDDINGS and (kind == "weight")
 
 
 def _replaces(config: Mapping[str, Any], name: str) -> bool:
     """Whether a tensor is one that the configuration says is replaced whole, or one of those that peft adds of its own accord."""
-    module, _, kind = _WRAPPERS.sub("", name).rpartition(".")
+    module, _, kind = replaced_name(name).rpartition(".")
     if _is_embedding(name):
         return True
     if kind == "bias" and config.get("bias", "none") != "none":

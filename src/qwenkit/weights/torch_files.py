@@ -34,16 +34,17 @@ def read_torch_files(folder: Path) -> list[StoredTensor]:
     holds something other than tensors, or lacks a tensor the index promised.
     """
     if has_file(folder / SINGLE):
-        return _read_file(folder / SINGLE)
+        return read_torch_file(folder / SINGLE)
     tensors: list[StoredTensor] = []
     for shard, expected in shards(folder / INDEX).items():
-        found = _read_file(folder / shard)
+        found = read_torch_file(folder / shard)
         check_shard(folder / shard, expected, {tensor.name for tensor in found})
         tensors += found
     return tensors
 
 
-def _read_file(path: Path) -> list[StoredTensor]:
+def read_torch_file(path: Path) -> list[StoredTensor]:
+    """Every tensor of one file, as `read_torch_files` reads it."""
     _check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -236,3 +236,92 @@ def test_the_demo_registry_is_understood(data_folder: Path) -> None:
         "c4_demo",
     ]
     assert [source.name for source in find_sources(names, data_folder / "sft")] == names
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"query": "c", "response": "d", "history": [["a", "b"]]},
+        {"prompt": "c", "completion": "d", "history": [["a", "b"]]},
+        {"conversation": [{"human": "a", "assistant": "b"}, {"human": "c", "assistant": "d"}]},
+        {
+            "prompt": [{"role": r, "content": c} for r, c in TURNS[:3]],
+            "completion": [{"role": "assistant", "content": "d"}],
+        },
+        {"messages": [{"from": r, "content": c} for r, c in TURNS]},
+        {"question": "c", "answer": "d", "history": [["a", "b"]]},
+    ],
+)
+def test_shapes_of_other_trainers(record: dict[str, Any]) -> None:
+    assert read(record).messages == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "chosen": "y", "rejected": "n"},
+        {"query": "q", "response": "y", "rejected_response": "n"},
+        {"messages": [QUESTION, YES], "rejected_response": "n"},
+        {"messages": [QUESTION, YES], "rejected_messages": [NO]},
+        {"prompt": [QUESTION], "chosen": [YES], "rejected": [NO]},
+    ],
+)
+def test_pairs_of_other_trainers(record: dict[str, Any]) -> None:
+    example = read(record, "dpo")
+    assert example.messages == ({"role": "user", "content": "q"},)
+    assert (example.chosen or {})["content"] == "y"
+    assert (example.rejected or {})["content"] == "n"
+
+
+def test_a_text_stays_a_text_and_an_empty_one_is_not_missing() -> None:
+    example = read({"instruction": "q", "chosen": '{"role": "user"}', "rejected": ""}, "dpo")
+    assert (example.chosen or {})["content"] == '{"role": "user"}'
+    assert (example.rejected or {})["content"] == ""
+    assert read({"instruction": "q", "output": "[1, 2]"}).messages[-1]["content"] == "[1, 2]"
+
+
+@pytest.mark.parametrize(
+    ("value", "thoughts", "said"),
+    [
+        ('{"name": "f", "arguments": {}}', None, ""),
+        ('[{"name": "f", "arguments": {}}]', None, ""),
+        ('<think>why</think>\n{"name": "f", "arguments": {}}', "why", ""),
+        ('Wait.\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', None, "Wait."),
+        ('{"function": {"name": "f", "arguments": {}}}', None, ""),
+    ],
+)
+def test_spellings_of_a_call(value: str, thoughts: str | None, said: str) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
+    call = read({"conversations": turns}).messages[1]
+    assert call["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    assert (call.get("reasoning_content"), call["content"]) == (thoughts, said)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": False}, {"loss_scale": 0.0}])
+def test_marks_of_answers_that_are_not_learned(mark: dict[str, Any]) -> None:
+    record = {"messages": [QUESTION, YES | mark]}
+    assert read(record).messages[1]["weight"] == 0
+    with pytest.raises(BadRecordError, match="allowed are 0, 1, true and false"):
+        read({"messages": [QUESTION, YES | {next(iter(mark)): "no"}]})
+
+
+def test_keys_of_a_message_that_are_not_known_are_noted() -> None:
+    reader = RecordReader(DataSource("x", ()), "sft", system=None, variables={})
+    reader.read({"messages": [QUESTION | {"name": "Ann"}, YES | {"mood": "glad", "thinking": "hm", "refusal": None}]})
+    assert reader.notes == [("unknown key of a message", "messages[1] has 'mood', which is not read")]
+
+
+def test_nulls_of_tables_only() -> None:
+    tool = {"name": "f", "parameters": {"properties": {"a": {"default": None}, "b": None}}}
+    reader = RecordReader(DataSource("x", ()), "sft", system=None, variables={})
+    record = {"messages": [QUESTION, YES], "tools": [tool]}
+    in_json, in_table = reader.read(record).tools, reader.read(record, "parquet").tools
+    assert in_json is not None
+    assert in_json[0]["function"] == tool
+    assert in_table is not None
+    assert in_table[0]["function"] == {"name": "f", "parameters": {"properties": {"a": {}}}}
+
+
+@pytest.mark.parametrize("tools", [" ", "null", "[]", "", [], None])
+def test_no_tools(tools: Any) -> None:
+    assert read({"messages": [QUESTION, YES], "tools": tools}).tools is None

@@ -137,8 +137,12 @@ def test_qwen1_equals_finetune_py(data_folder: Path) -> None:
     assert rendering.items[0].ids[: len(expected)] == expected
     assert rendering.notes
     with pytest.raises(BadRecordError, match="'system' has no place") as caught:
-        renderer.render(Example(({"role": "system", "content": "s"}, *messages)), "")
+        renderer.render(Example((*messages, {"role": "system", "content": "s"})), "")
     assert caught.value.kind == "bad role"
+    said = renderer.render(Example(({"role": "system", "content": "Be brief."}, *messages)), "").items[0]
+    assert isinstance(said, Sample)
+    assert tokenizer.decode(said.ids).startswith("system\nBe brief.")
+    assert tokenizer.decode(said.ids).count("system") == 1
 
 
 def test_mindformers_learns_everything_but_padding(tokenizer: Tokenizer) -> None:

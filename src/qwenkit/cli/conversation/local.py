@@ -24,14 +24,20 @@ if TYPE_CHECKING:
 class Local:
     """The LLM behind `qwenkit chat`; a prompt is messages (through the model's template) or plain text."""
 
-    def __init__(self, llm: LLM, name: str) -> None:
+    def __init__(
+        self, llm: LLM, name: str, *, adapter: str | None = None, variables: Mapping[str, Any] | None = None
+    ) -> None:
+        """adapter: one that `llm` has loaded; variables: for the chat template, such as enable_thinking."""
         self.llm = llm
         self.name = name
+        self._adapter: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
+        self._variables = dict(variables or {})
 
     def stream(self, prompt: str | Sequence[Mapping[str, str]], params: SamplingParams) -> Generator[Piece, None, None]:
         """See Talker. ValueError for a prompt that the template refuses or the context cannot hold."""
         with _ctrl_c_kept() as pressed:
-            deltas = cast("Generator[Delta, None, None]", self.llm.stream(prompt, params))
+            variables = {} if isinstance(prompt, str) else self._variables
+            deltas = cast("Generator[Delta, None, None]", self.llm.stream(prompt, params, **self._adapter, **variables))
             with closing(deltas):  # closing it takes the request out of the engine
                 for delta in deltas:
                     yield Piece(delta.text, tokens=len(delta.token_ids), finish_reason=delta.finish_reason)

@@ -26,11 +26,11 @@ from qwenkit.train.data.registry import DataSource
 from qwenkit.train.data.render import Item
 from qwenkit.train.data.workers import TYPES, Columns, blocks
 
-VERSION = 1  # of the files' layout and of the rules by which records are read and rendered
+VERSION = 2  # of the files' layout and of the rules by which records are read and rendered
 # Settings that decide what a record becomes; those of shuffling, packing and the run do not.
 _SETTINGS = (
     *("stage", "system", "variables", "cutoff_len", "max_samples", "labels", "train_on_prompt", "mask_history"),
-    *("overlong", "bad_samples"),
+    *("overlong", "bad_samples", "enable_thinking", "split_special_tokens"),
 )
 _PROBE = "Ünïcode 你好，世界 123 4567 don't\n\n  \t👩‍👩‍👧 e\u0301 def f(x):\n    return x ** 2 <think> <tool_call> <|im_end|> "
 

@@ -58,36 +58,23 @@ def joined(content: Any, name: str) -> str | None:
     return "".join(texts)
 
 
-def calls(content: str | None, name: str) -> list[dict[str, Any]]:
-    """sharegpt's function_call: one call as JSON, or a list of them."""
-    try:
-        calls = json.loads(content or "")
-    except (ValueError, RecursionError):
-        raise BadRecordError(
-            "wrong type", f"{name} is no valid JSON, a call with name and arguments is needed"
-        ) from None
-    calls = calls if isinstance(calls, list) else [calls]
-    for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-            raise BadRecordError("wrong type", f"{name} is {shown(call)}, a call with name and arguments is needed")
-    return [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
-
-
 def without_nulls(value: Any) -> Any:
-    """Columnar files give every object every key of the column; those that were absent come back as null."""
+    """A value of a table without null fields: every object of a column has all of the column's keys."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
     return value
 
 
-def decoded(value: Any) -> Any:
-    """CSV has only texts: one that is a JSON list or object is read as that."""
-    if isinstance(value, str) and value[:1] in ("[", "{"):
+def as_list(value: Any) -> list[Any] | None:
+    """A value where only a list has a place: itself, or the JSON of one, as tables write it. None for anything else."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            return json.loads(value)
+            value = json.loads(value)
         except (ValueError, RecursionError):
-            return value
-    return None if value == "" else value
+            return None
+    return value if isinstance(value, list) else None
 
 
 def shown(value: Any) -> str:

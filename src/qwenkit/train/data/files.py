@@ -7,7 +7,7 @@ A record that cannot be read comes out too, with its line and the reason, becaus
 from __future__ import annotations
 
 import codecs
-import csv
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qwenkit.files import has_file, open_file
+from qwenkit.train.data.csv_rows import read_rows
 from qwenkit.train.data.mindrecord import MindRecordReader
 
 KINDS = {
@@ -61,22 +63,28 @@ def file_kind(path: Path) -> str:
     return kind
 
 
-def read_records(path: Path, cursor: int = 0, line: int = 1, *, blocks: bool = False) -> Iterator[Record]:
+def read_records(
+    path: Path, cursor: int = 0, line: int = 1, *, blocks: bool = False, texts: bool = False
+) -> Iterator[Record]:
     """The entries of a file from `cursor`, which stands at `line`: 0 and 1, or `end` and `end_line` of an earlier Record.
 
-    A text file gives {"text": line} for each line that is not blank; with `blocks`, for each stretch of such lines.
+    A text file gives {"text": line} for each line that is not blank; with `blocks`, for each stretch of such lines. With `texts`
+    a JSON entry that is a text counts as {"text": entry} too.
     Raises FileNotFoundError, and ValueError for an unknown kind of file or one that is damaged as a whole.
     """
-    if not path.is_file():
+    if not has_file(path):
         raise FileNotFoundError(f"{path} does not exist")
     kind = file_kind(path)
+    if kind == "jsonl" and _is_whole_json(path):
+        kind = "json"
     if kind == "json":
-        with path.open("rb") as file:
-            yield from _JsonFile(file, path.name).records(cursor, line)
+        with open_file(path) as file:
+            yield from _JsonFile(file, path.name, texts).records(cursor, line)
     elif kind == "text" and blocks:
         yield from _read_blocks(path, cursor, line)
     elif kind in ("jsonl", "text"):
-        yield from _read_lines(path, cursor, line, _object_of if kind == "jsonl" else _text_of)
+        parse = (_object_or_text_of if texts else _object_of) if kind == "jsonl" else _text_of
+        yield from _read_lines(path, cursor, line, parse)
     elif kind == "csv":
         yield from _read_csv(path, cursor, line)
     else:
@@ -85,11 +93,27 @@ def read_records(path: Path, cursor: int = 0, line: int = 1, *, blocks: bool = F
             yield Record(value, row + 1, row, row + 1, row + 2)
 
 
+def _is_whole_json(path: Path) -> bool:
+    """True for a list, or objects over several lines, in a file that is named as if each line were one."""
+    with open_file(path) as file:
+        for data in file:
+            if begin := data.removeprefix(_BOM).strip():
+                return (
+                    begin == b"{" or (begin.startswith(b"[") and not begin.endswith(b"]")) or _is_one_line(begin, file)
+                )
+    return False
+
+
+def _is_one_line(begin: bytes, file: BinaryIO) -> bool:
+    """True where a list of objects is all that there is."""
+    return begin.startswith(b"[{") and not file.read().strip()
+
+
 class _JsonFile:
     """A list of objects, or objects one after another (JSON Lines named .json), decoded a window at a time."""
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self._file, self._name = file, name
+    def __init__(self, file: BinaryIO, name: str, texts: bool = False) -> None:
+        self._file, self._name, self._texts = file, name, texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._text = ""
         self._at = 0  # read so far, within _text
@@ -102,7 +126,7 @@ class _JsonFile:
         try:
             yield from self._records(cursor, line)
         except UnicodeDecodeError:
-            yield self._broken("the file is not valid UTF-8 from here on")
+            yield self._broken("the file is not valid UTF-8 from here on, and is not read further")
 
     def _records(self, cursor: int, line: int) -> Iterator[Record]:
         if self._file.read(len(_BOM)) == _BOM:
@@ -119,11 +143,11 @@ class _JsonFile:
             if is_list and sign == "]":
                 self._advance(self._at + 1)
                 if self._next() is not None:
-                    yield self._broken("something follows the end of the list")
+                    yield self._broken("something follows the end of the list, and is not read")
                 return
             if is_list and not first:
                 if sign != ",":
-                    yield self._broken("a comma or the end of the list is missing")
+                    yield self._broken("a comma or the end of the list is missing; the rest of the file is not read")
                     return
                 self._advance(self._at + 1)
                 if self._next() is None:
@@ -133,8 +157,12 @@ class _JsonFile:
             try:
                 value = self._value()
             except (ValueError, RecursionError) as error:
-                yield self._broken(f"no valid JSON from here on: {error}", start, start_line)
+                yield self._broken(
+                    f"no valid JSON from here on, the rest of the file is not read: {error}", start, start_line
+                )
                 return
+            if self._texts and isinstance(value, str):
+                value = {"text": value}
             wrong = None if isinstance(value, dict) else f"the entry is {_kind_of(value)}, not an object"
             yield Record(None if wrong else value, start_line, start, self._cursor, self._line, wrong)
         if is_list:
@@ -191,7 +219,7 @@ class _JsonFile:
 
 
 def _read_lines(path: Path, cursor: int, line: int, parse: Any) -> Iterator[Record]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(cursor)
         for data in file:
             end = cursor + len(data)
@@ -219,13 +247,21 @@ def _object_of(data: bytes) -> tuple[dict[str, Any] | None, str | None]:
     return (value, None) if isinstance(value, dict) else (None, f"the entry is {_kind_of(value)}, not an object")
 
 
+def _object_or_text_of(data: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    value, error = _object_of(data)
+    if value is None and data.lstrip()[:1] == b'"':
+        with contextlib.suppress(ValueError):
+            return {"text": str(json.loads(data))}, None
+    return value, error
+
+
 def _read_blocks(path: Path, cursor: int, line: int) -> Iterator[Record]:
     """Lines up to a blank one together, each without the blanks around it."""
     lines: list[str] = []
     first: tuple[int, int] | None = None
     error: str | None = None
     end, end_line = cursor, line
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(cursor)
         for data in file:
             start, start_line = end, end_line
@@ -242,56 +278,19 @@ def _read_blocks(path: Path, cursor: int, line: int) -> Iterator[Record]:
         yield Record(None if error else {"text": "\n".join(lines)}, first[1], first[0], end, end_line, error)
 
 
-class _Lines:
-    """Lines for the csv module, counting bytes and lines as it takes them."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.cursor, self.line = 0, 1
-
-    def seek(self, cursor: int, line: int) -> None:
-        self._file.seek(cursor)
-        self.cursor, self.line = cursor, line
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        data = self._file.readline()
-        if not data:
-            raise StopIteration
-        text = (data.removeprefix(_BOM) if self.cursor == 0 else data).decode("utf-8")
-        self.cursor += len(data)
-        self.line += 1
-        return text
-
-
 def _read_csv(path: Path, cursor: int, line: int) -> Iterator[Record]:
-    csv.field_size_limit(1 << 30)  # the module's own limit of 128 KiB is shorter than a long answer
-    with path.open("rb") as file:
-        lines = _Lines(file)
-        rows = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            header = next(rows, [])
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} has no header that can be read: {error}") from None
-        if cursor:
-            lines.seek(cursor, line)
-        while True:
-            start, start_line = lines.cursor, lines.line
-            try:
-                row = next(rows, None)
-            except (csv.Error, UnicodeDecodeError) as error:
-                yield Record(None, start_line, start, lines.cursor, lines.line, f"no valid CSV: {error}")
-                return
-            if row is None:
-                return
-            if row:
-                wrong = None
-                if len(row) != len(header):
-                    wrong = f"the row has {len(row)} fields, the header has {len(header)}"
-                value = None if wrong else dict(zip(header, row, strict=True))
-                yield Record(value, start_line, start, lines.cursor, lines.line, wrong)
+    header = next(read_rows(path), None)
+    if header is None:
+        return
+    if header.fields is None:
+        raise ValueError(f"{path} has no header that can be read: {header.error}")
+    start = (cursor, line) if cursor else (header.end, header.end_line)
+    for row in read_rows(path, *start):
+        error = row.error
+        if row.fields is not None and len(row.fields) != len(header.fields):
+            error = f"the row has {len(row.fields)} fields, the header has {len(header.fields)}"
+        value = None if error or row.fields is None else dict(zip(header.fields, row.fields, strict=True))
+        yield Record(value, row.line, row.cursor, row.end, row.end_line, error)
 
 
 def _pyarrow(path: Path) -> Any:

@@ -16,36 +16,25 @@ from qwenkit.train.data.fields import (
     BadRecordError,
     Message,
     answer,
-    calls,
-    decoded,
+    as_list,
     integers,
-    joined,
     shown,
     text_or_none,
     without_nulls,
 )
+from qwenkit.train.data.messages import MessageReader, tags_of
 from qwenkit.train.data.preprocess import clean_wikitext
 from qwenkit.train.data.registry import DataSource
+from qwenkit.train.data.shapes import recognise
 
 PAIR_STAGES = ("dpo", "orpo", "rm")
 _COLUMNS = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history"},
     "sharegpt": {"messages": "conversations"},
+    "turns": {"messages": "conversation"},
     "openai": {"messages": "messages"},
 }
 _OPTIONAL = {"system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected", "kto_tag": "label"}
-_CALL = "function_call"
-_ROLES = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
-    **{"developer": "system", "observation": "tool", "tool": "tool", "function_call": _CALL},
-}
-_TAGS = {
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "tool",
-    "function_tag": _CALL,
-    "system_tag": "system",
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,8 @@ class Example:
 class RecordReader:
     """Reads the records of one source as `stage` needs them. `system` is for conversations that have none.
 
-    variables fill {{name}} in every text; a name without one is kept as it is, and its place noted in `unfilled`.
+    variables fill {{name}} in every text; a name without one is kept unchanged and noted in `unfilled`. `notes` are (kind, what)
+    about the last record.
     """
 
     def __init__(self, source: DataSource, stage: str, *, system: str | None, variables: Mapping[str, str]) -> None:
@@ -77,13 +67,22 @@ class RecordReader:
         self._variables = dict(variables)
         self.unfilled: set[str] = set()
         """Names of {{variables}} in the last record for which there was no text."""
+        self._messages = MessageReader(self._fill)
 
-    def read(self, record: Mapping[str, Any]) -> Example:
-        """The Example of a record. Raises BadRecordError."""
-        self.unfilled = set()
-        formatting = self._source.formatting
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        return self._messages.notes
+
+    def read(self, record: Mapping[str, Any], container: str = "json") -> Example:
+        """The Example of a record from a file of a kind (`files.file_kind`): csv has texts only, tables fill up with nulls.
+
+        Raises BadRecordError.
+        """
+        self.unfilled, self._messages.notes = set(), []
+        self._container, self._messages.columnar = container, container in ("parquet", "arrow")
+        formatting, recognised = self._source.formatting, dict[str, str]()
         if formatting == "auto":
-            formatting = _guess(record, self._stage)
+            formatting, recognised = recognise(record, self._stage)
         if formatting == "tokens":
             return _read_tokens(record)
         for media in ("images", "videos", "audios"):
@@ -95,7 +94,7 @@ class RecordReader:
             raise BadRecordError(
                 "missing field", f"plain text has no answers, which stage {self._stage} needs; stage pt reads it"
             )
-        columns = _OPTIONAL | _COLUMNS[formatting]
+        columns = _OPTIONAL | _COLUMNS[formatting] | recognised
         if self._source.columns:
             # As in LLaMA-Factory: where columns are given, those that are not named do not exist.
             kept = {"chosen", "rejected"} if self._source.ranking else set()
@@ -104,7 +103,7 @@ class RecordReader:
         if formatting == "alpaca":
             example = self._alpaca(values, columns)
         else:
-            example = self._conversation(values, columns, _tags_of(self._source, formatting))
+            example = self._conversation(values, columns, tags_of(self._source.tags, formatting))
         return self._with_system(example)
 
     def _with_system(self, example: Example) -> Example:
@@ -142,9 +141,11 @@ class RecordReader:
         system = text_or_none(values, columns, "system")
         if system:
             messages.append({"role": "system", "content": self._fill(system)})
-        history = decoded(values.get("history")) or []
-        if not isinstance(history, list):
-            raise BadRecordError("wrong type", f"{columns['history']} is {shown(history)}, allowed is a list of pairs")
+        history = as_list(values.get("history") or [])
+        if history is None:
+            raise BadRecordError(
+                "wrong type", f"{columns['history']} is {shown(values['history'])}, allowed is a list of pairs"
+            )
         for turn in history:
             if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
                 raise BadRecordError(
@@ -155,7 +156,7 @@ class RecordReader:
         name = columns.get("prompt", "instruction")
         prompt, query = values.get("prompt"), text_or_none(values, columns, "query")
         if isinstance(prompt, list):  # OpenAI's way, with pairs
-            messages += self._messages(prompt, name, {})
+            messages += self._messages.read(prompt, name, {})
         elif isinstance(prompt, str):
             text = "\n".join(part for part in (prompt, query) if part)
             if not text:
@@ -172,19 +173,26 @@ class RecordReader:
             return self._pair(messages, tools, values, columns, {})
         if response is None:
             raise BadRecordError("missing field", f"{name} is missing, the answer is needed")
-        if not isinstance(response, str):
+        if isinstance(response, list):  # OpenAI's way
+            messages += self._messages.read(response, name, {})
+        elif not isinstance(response, str):
             raise BadRecordError("wrong type", f"{name} is {shown(response)}, allowed is a text")
-        messages.append(answer(self._fill(response), name))
+        else:
+            messages.append(answer(self._fill(response), name))
         return Example(tuple(messages), tools, liked=self._liked(values, columns))
 
     def _conversation(self, values: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str, Any]) -> Example:
         name = columns.get("messages", "messages")
-        given = decoded(values.get("messages"))
-        if given is None and self._stage in PAIR_STAGES and isinstance(decoded(values.get("chosen")), list):
+        given = as_list(values.get("messages"))
+        if values.get("messages") is None and self._stage in PAIR_STAGES and as_list(values.get("chosen")) is not None:
             given = []
-        if not isinstance(given, list):
-            raise BadRecordError("missing field", f"{name} is {shown(given)}, a list of messages is needed")
-        messages = self._messages(given, name, tags)
+        if given is None:
+            raise BadRecordError(
+                "missing field", f"{name} is {shown(values.get('messages'))}, a list of messages is needed"
+            )
+        if name == "conversation":
+            given = _messages_of_turns(given)
+        messages = self._messages.read(given, name, tags)
         system = text_or_none(values, columns, "system")
         if system and (not messages or messages[0]["role"] != "system"):
             messages.insert(0, {"role": "system", "content": self._fill(system)})
@@ -192,42 +200,6 @@ class RecordReader:
         if self._stage in PAIR_STAGES:
             return self._pair(messages, tools, values, columns, tags)
         return Example(tuple(messages), tools, liked=self._liked(values, columns))
-
-    def _messages(self, given: list[Any], name: str, tags: Mapping[str, Any]) -> list[Message]:
-        return [self._message(message, f"{name}[{index}]", tags) for index, message in enumerate(given)]
-
-    def _message(self, message: Any, name: str, tags: Mapping[str, Any]) -> Message:
-        if not isinstance(message, Mapping):
-            raise BadRecordError(
-                "wrong type", f"{name} is {shown(message)}, allowed is an object with role and content"
-            )
-        role_tag, content_tag = tags.get("role_tag", "role"), tags.get("content_tag", "content")
-        if role_tag not in message and {"role", "from"} & set(message):  # the other of the two common ways
-            role_tag, content_tag = ("role", "content") if "role" in message else ("from", "value")
-        roles: dict[str, str] = tags.get("roles", _ROLES)
-        role = message.get(role_tag)
-        if not isinstance(role, str) or role not in roles:
-            raise BadRecordError("bad role", f"{name}.{role_tag} is {shown(role)}, allowed are {', '.join(roles)}")
-        content = joined(message.get(content_tag), f"{name}.{content_tag}")
-        given_calls = message.get("tool_calls") or None
-        if roles[role] == _CALL:
-            return {"role": "assistant", "content": "", "tool_calls": calls(content, f"{name}.{content_tag}")}
-        if content is None and not (roles[role] == "assistant" and given_calls):
-            raise BadRecordError("missing field", f"{name}.{content_tag} is missing")
-        text = self._fill(content or "")
-        if roles[role] != "assistant":
-            return {"role": roles[role], "content": text}
-        said: Message = {"role": "assistant", "content": text} if given_calls else answer(text, f"{name}.{content_tag}")
-        if given_calls:
-            said["tool_calls"] = [without_nulls(call) for call in given_calls]
-        if isinstance(message.get("reasoning_content"), str) and message["reasoning_content"]:
-            said["reasoning_content"] = self._fill(message["reasoning_content"])
-        weight = message.get("weight", 1)
-        if weight not in (0, 1, None):
-            raise BadRecordError("wrong type", f"{name}.weight is {shown(weight)}, allowed are 0 and 1")
-        if weight == 0:
-            said["weight"] = 0
-        return said
 
     def _pair(
         self,
@@ -240,15 +212,20 @@ class RecordReader:
         answers, prompts = [], []
         for key in ("chosen", "rejected"):
             name = columns.get(key, key)
-            value = decoded(values.get(key))
+            value = values.get(key)
+            if key == "chosen" and value is None and messages and messages[-1]["role"] == "assistant":
+                answers.append(messages.pop())  # ms-swift: the conversation ends with the chosen answer
+                continue
+            if self._container == "csv" and isinstance(value, str) and tags:
+                value = _message_or_text(value)
             if value is None:
                 raise BadRecordError(
                     "missing field", f"{name} is missing, stage {self._stage} needs chosen and rejected answers"
                 )
             if isinstance(value, str):
-                answers.append(answer(self._fill(value), name))
+                answers.append({"role": "assistant", "content": self._fill(value)})  # an answer may be to say nothing
                 continue
-            listed = self._messages(value if isinstance(value, list) else [value], name, tags)
+            listed = self._messages.read(value if isinstance(value, list) else [value], name, tags)
             if not listed or listed[-1]["role"] != "assistant":
                 raise BadRecordError("bad role", f"{name} does not end with the assistant's answer")
             answers.append(listed[-1])
@@ -275,7 +252,7 @@ class RecordReader:
 
     def _tools(self, values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], ...] | None:
         tools = values.get("tools")
-        if tools is None or tools == "" or tools == []:
+        if tools is None or tools == [] or (isinstance(tools, str) and not tools.strip()):
             return None
         name = columns["tools"]
         if isinstance(tools, str):
@@ -283,12 +260,40 @@ class RecordReader:
                 tools = json.loads(tools)
             except (ValueError, RecursionError):
                 raise BadRecordError("wrong type", f"{name} is no valid JSON") from None
+            if tools is None:
+                return None
+        if isinstance(tools, list):  # each may be JSON too
+            tools = [_message_or_text(tool) for tool in tools]
+        if self._messages.columnar:
+            tools = without_nulls(tools)
+        tools = [tools] if isinstance(tools, Mapping) else tools
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise BadRecordError("wrong type", f"{name} is {shown(tools)}, allowed is a list of functions")
         functions = tuple(
             dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools
         )
         return functions or None
+
+
+def _messages_of_turns(turns: list[Any]) -> list[Any]:
+    """ms-swift's `conversation`: a list of {"human": …, "assistant": …}."""
+    messages: list[Any] = []
+    for turn in turns:
+        if isinstance(turn, Mapping) and {"human", "assistant"} <= set(turn):
+            messages += [{"role": role, "content": turn[role]} for role in ("human", "assistant")]
+        else:
+            messages.append(turn)
+    return messages
+
+
+def _message_or_text(value: Any) -> Any:
+    """A text that is the JSON of an object or a list as that, where one of them has a place; any other value unchanged."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 def check_order(messages: tuple[Message, ...], *, answered: bool) -> None:
@@ -314,38 +319,6 @@ def check_order(messages: tuple[Message, ...], *, answered: bool) -> None:
         raise BadRecordError("missing field", "there is no answer of the assistant")
     if not answered and before not in ("user", "tool"):
         raise BadRecordError("bad order", "the prompt does not end with a question or a tool's result")
-
-
-def _guess(record: Mapping[str, Any], stage: str) -> str:
-    if "input_ids" in record:
-        return "tokens"
-    if stage == "pt":
-        return "text"
-    if "conversations" in record:
-        return "sharegpt"
-    if "messages" in record:
-        return "openai"
-    if "chosen" in record and isinstance(decoded(record["chosen"]), list) and "prompt" not in record:
-        return "openai"
-    if "instruction" in record:
-        return "alpaca"
-    if "text" in record:
-        return "text"
-    fields = ", ".join(map(str, record)) or "none"
-    raise BadRecordError("missing field", f"no known format has these fields: {fields}; name them in dataset_info.json")
-
-
-def _tags_of(source: DataSource, formatting: str) -> dict[str, Any]:
-    roles = dict(_ROLES)
-    for tag, role in _TAGS.items():
-        if tag in source.tags:
-            roles[source.tags[tag]] = role
-    role, content = ("from", "value") if formatting == "sharegpt" else ("role", "content")
-    return {
-        "role_tag": source.tags.get("role_tag", role),
-        "content_tag": source.tags.get("content_tag", content),
-        "roles": roles,
-    }
 
 
 def _read_tokens(record: Mapping[str, Any]) -> Example:

@@ -17,13 +17,13 @@ from qwenkit.text.chat import ChatFormat
 from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.data.fields import BadRecordError
-from qwenkit.train.data.files import Record, read_records
+from qwenkit.train.data.files import Record, file_kind, read_records
 from qwenkit.train.data.formats import RecordReader
 from qwenkit.train.data.registry import DataSource, find_sources
 from qwenkit.train.data.render import Item, Renderer, fit, num_targets, samples_of
 
 EXAMPLES = 20  # issues of each kind that a report shows in full
-OVERLONG = "over-long"
+OVERLONG, EMPTY_TEXT = "over-long", "empty text"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class Report:
     """(data set, kind, action) -> number of records."""
     issues: list[Issue] = field(default_factory=list)
     """The first of each kind, at most `EXAMPLES`."""
+    refusal: str | None = None
+    """Why a run would not begin with this data, other than for its errors."""
+    notes: list[str] = field(default_factory=list)
+    """What the registry says that has no effect."""
 
     def add(self, dataset: str, prepared: Prepared) -> None:
         sizes = self.datasets.setdefault(
@@ -104,6 +108,14 @@ class Report:
     def num_errors(self) -> int:
         return sum(count for (_, _, action), count in self.counts.items() if action == "error")
 
+    @property
+    def num_dropped(self) -> int:
+        return sum(count for (_, _, action), count in self.counts.items() if action == "drop")
+
+    @property
+    def num_records(self) -> int:
+        return sum(sizes["records"] for sizes in self.datasets.values())
+
     def errors_text(self) -> str:
         errors = [issue for issue in self.issues if issue.action == "error"]
         shown = "".join(f"\n  {issue}" for issue in errors[:10])
@@ -112,7 +124,7 @@ class Report:
         return f"{self.num_errors} records cannot be used ({policy}):{shown}{more}"
 
     def __str__(self) -> str:
-        lines = []
+        lines = [f"note: {note}" for note in self.notes]
         for name, sizes in self.datasets.items():
             lines.append(
                 f"{name}: {sizes['records']} records, {sizes['samples']} samples, {sizes['tokens']} tokens, "
@@ -189,17 +201,18 @@ class Pipeline:
             note("not readable", record.error or "", bad)
             return Prepared([], issues, file, record)
         try:
-            example = self._reader.read(record.value)
+            example = self._reader.read(record.value, file_kind(path))
             rendering = self._renderer.render(example, f"{path.name}:{record.line}")
             for item in rendering.items:
                 if not all(sample.num_targets for sample in samples_of(item)):
                     raise BadRecordError("no target", "there is no token to learn")
         except BadRecordError as error:
-            note(error.kind, str(error), bad)
+            # Data sets of plain text have blank rows between paragraphs, as files have blank lines.
+            note(error.kind, str(error), "drop" if error.kind == EMPTY_TEXT else bad)
             return Prepared([], issues, file, record)
         for name in sorted(self._reader.unfilled):
             note("unfilled name", f"{{{{{name}}}}} stands in the text; variables: {name}=… fills it", "keep")
-        for kind, message in rendering.notes:
+        for kind, message in (*self._reader.notes, *rendering.notes):
             note(kind, message, "keep")
         return Prepared(self._fitted(rendering.items, note), issues, file, record)
 
@@ -230,8 +243,37 @@ def check(config: TrainConfig, tokenizer: Tokenizer, chat: ChatFormat | None) ->
     Raises ValueError or FileNotFoundError only for data sets that cannot be found or files that are damaged as a whole.
     """
     report = Report()
-    for source in find_sources((*config.dataset, *config.eval_dataset), Path(config.dataset_dir)):
-        pipeline = Pipeline(config, source, tokenizer, chat)
-        for prepared in pipeline.records():
-            report.add(source.name, prepared)
+    used = {"dataset": 0, "eval_dataset": 0}
+    for setting in used:
+        for source in find_sources(getattr(config, setting), Path(config.dataset_dir)):
+            pipeline = Pipeline(config, source, tokenizer, chat)
+            report.notes += source.notes
+            for prepared in pipeline.records():
+                report.add(source.name, prepared)
+                used[setting] += bool(prepared.items)
+    if not report.num_errors:
+        report.refusal = _refusal(config, used)
     return report
+
+
+def _refusal(config: TrainConfig, used: dict[str, int]) -> str | None:
+    for setting, count in used.items():
+        if getattr(config, setting) and not count:
+            return f"{setting}: every record was dropped, or there is none"
+    try:
+        split_size(config, used["dataset"])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def split_size(config: TrainConfig, count: int) -> int:
+    """How many of `count` records are split off for evaluation. ValueError where nothing is left of either part."""
+    if not config.val_size or config.eval_dataset:
+        return 0
+    wanted = round(config.val_size * count) if config.val_size < 1 else int(config.val_size)
+    if not 0 < wanted < count:
+        raise ValueError(
+            f"val_size {config.val_size:g} splits {wanted} of {count} records off; both parts need at least one"
+        )
+    return wanted

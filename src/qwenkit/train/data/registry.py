@@ -6,8 +6,9 @@ Only local files are read: an entry that points to a hub or a loading script is 
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class DataSource:
     tags: Mapping[str, str] = field(default_factory=dict)
     ranking: bool = False
     num_samples: int | None = None
+    notes: tuple[str, ...] = ()
+    """What the registry says of it that has no effect."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,9 +84,8 @@ def _entry(name: str, entry: Any, folder: Path) -> DataSource:
     where = f"{REGISTRY}: {name}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {entry!r}, allowed is an object with a file_name")
-    for key in entry:
-        if key not in _KEYS:
-            raise ValueError(f"{where} has the unknown key {key!r}; {nearest(key, _KEYS)}")
+    entry = {key: value for key, value in entry.items() if value is not None}
+    notes = _unknown(where, entry, _KEYS)
     if not isinstance(entry.get("file_name"), str):
         remote = [key for key in _REMOTE if key in entry]
         if remote:
@@ -100,18 +102,26 @@ def _entry(name: str, entry: Any, folder: Path) -> DataSource:
     if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
         raise ValueError(f"{where}.num_samples is {number!r}, allowed is a whole number of at least 1")
     files = _files(name, folder / entry["file_name"], entry.get("subset") or entry.get("folder"), entry.get("split"))
-    columns, tags = _names(where, "columns", entry, COLUMNS), _names(where, "tags", entry, TAGS)
-    return DataSource(name, files, formatting, columns, tags, ranking, number)
+    columns = _names(where, "columns", entry, COLUMNS, notes)
+    tags = _names(where, "tags", entry, TAGS, notes)
+    return DataSource(name, files, formatting, columns, tags, ranking, number, tuple(notes))
 
 
-def _names(where: str, key: str, entry: Mapping[str, Any], known: Sequence[str]) -> dict[str, str]:
+def _unknown(where: str, given: Iterable[str], known: Sequence[str]) -> list[str]:
+    """A note on keys that are not known, such as checksums and remarks. ValueError for what seems to be a known one misspelt."""
+    unknown = [key for key in given if key not in known]
+    for key in unknown:
+        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            raise ValueError(f"{where} has the unknown key {key!r}; did you mean {near[0]}?")
+    return [f"{where}: {', '.join(unknown)} ha{'s' if len(unknown) == 1 else 've'} no effect"] if unknown else []
+
+
+def _names(where: str, key: str, entry: Mapping[str, Any], known: Sequence[str], notes: list[str]) -> dict[str, str]:
     given = entry.get(key, {})
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values() if value is not None):
         raise ValueError(f"{where}.{key} is {given!r}, allowed is an object of names")
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{where}.{key} has the unknown name {name!r}; {nearest(name, known)}")
-    return {name: value for name, value in given.items() if value is not None}
+    notes += _unknown(f"{where}.{key}", given, known)
+    return {name: value for name, value in given.items() if value is not None and name in known}
 
 
 def _files(name: str, path: Path, subset: str | None, split: str | None) -> tuple[Path, ...]:

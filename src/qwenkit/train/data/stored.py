@@ -16,7 +16,7 @@ from qwenkit.text.tokenizer import Tokenizer
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.data.cache import fingerprint, open_store
 from qwenkit.train.data.packing import plan_chunks, plan_packs, plan_singles
-from qwenkit.train.data.pipeline import Report
+from qwenkit.train.data.pipeline import Report, split_size
 from qwenkit.train.data.registry import DataSource, find_sources
 from qwenkit.train.data.render import Item
 
@@ -92,12 +92,7 @@ class StoredData:
         """For each store, which of its records are split off. Whole records: their samples share text."""
         counts = [store.num_records for store in self._stores]
         held_out = np.zeros(sum(counts), bool)
-        if config.val_size and not config.eval_dataset:
-            wanted = round(config.val_size * len(held_out)) if config.val_size < 1 else int(config.val_size)
-            if not 0 < wanted < len(held_out):
-                raise ValueError(
-                    f"val_size {config.val_size:g} splits {wanted} of {len(held_out)} records off; both parts need at least one"
-                )
+        if wanted := split_size(config, len(held_out)):
             held_out[self._random(_SPLIT).permutation(len(held_out))[:wanted]] = True
         return np.split(held_out, np.cumsum(counts)[:-1])
 

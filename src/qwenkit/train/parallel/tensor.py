@@ -29,7 +29,7 @@ def cut(model: Qwen, mesh: DeviceMesh) -> None:
 
     Raises ValueError for heads or widths that do not divide, and for matrices that are no plain Linear (LoRA, 4-bit).
     """
-    _check(model, mesh.size())
+    check_widths(model, mesh.size())
     plan: dict[str, ParallelStyle] = {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
@@ -48,7 +48,8 @@ def cut(model: Qwen, mesh: DeviceMesh) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight  # each was cut for itself, both in the same way
 
 
-def _check(model: Qwen, size: int) -> None:
+def check_widths(model: Qwen, size: int) -> None:
+    """ValueError for a model whose widths are no multiples of `size`, or whose Linears are of a kind that is not sharded."""
     config = model.config
     widths = {
         "num_attention_heads": config.num_attention_heads,

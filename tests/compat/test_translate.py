@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
-from qwenkit.train.config import TrainConfig, read_settings
-from qwenkit.train.deepspeed import read_deepspeed
-from qwenkit.train.foreign import Translation, is_foreign, read_flags, translate
-from qwenkit.train.foreign_keys import OPTIMIZERS, REFUSED, RENAMED, WITHOUT_EFFECT
+from qwenkit.compat.sources import read_flags
+from qwenkit.compat.translate import Translation, is_foreign, translate
+from qwenkit.train.config import TrainConfig
+from qwenkit.train.settings_file import read_settings
 
 # Document 001: every key of its training file, in its order, with its value.
 FINETUNE_YAML = """
@@ -91,7 +89,7 @@ def test_the_training_file_of_the_document(tmp_path: Path) -> None:
     assert (config.val_size, config.per_device_eval_batch_size, config.eval_steps) == (0.1, 4, 500)
     assert config.dtype == "bfloat16"
     assert config.overlong == "truncate"
-    assert [note.split(" ")[0] for note in translation.notes] == ["template", "as", "fp16:"]
+    assert [note.split(" ")[0] for note in translation.notes] == ["template", "as", "overlong=truncate", "fp16:"]
     assert "bfloat16 is used" in translation.notes[-1]
     assert "dtype=float16" in translation.notes[-1]
 
@@ -109,8 +107,8 @@ def test_the_flags_of_finetune_py() -> None:
     config = as_config(translation)
     assert (config.model, config.dataset, config.dataset_dir) == ("Qwen/Qwen-7B", ("data/chat.json",), ".")
     assert (config.method, config.lora_rank, config.alpha, config.lora_dropout) == ("lora", 64, 16, 0.05)
-    assert set(config.lora_target) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert (config.labels, config.system) == ("qwen1", "You are a helpful assistant.")
+    assert set(config.lora_target) == {"c_attn", "c_proj", "w1", "w2"}
+    assert (config.labels, config.bad_samples) == ("qwen1", "drop")
     assert (config.dtype, config.cutoff_len, config.overlong) == ("bfloat16", 512, "truncate")
     assert (config.num_train_epochs, config.save_steps, config.save_total_limit) == (5, 1000, 10)
     assert (config.learning_rate, config.weight_decay, config.adam_beta2) == (3e-4, 0.1, 0.95)
@@ -128,71 +126,7 @@ def test_chat_models_keep_their_embedding_and_full_has_no_lora() -> None:
     assert (full.method, full.lora_rank) == ("full", TrainConfig().lora_rank)
     assert as_config(translate(flags | {"q_lora": "True"})).method == "qlora"
     names = as_config(translate(flags | {"lora_target_modules": ["c_attn", "w1"]})).lora_target
-    assert names == ("q_proj", "k_proj", "v_proj", "up_proj")
-
-
-def deepspeed_file(folder: Path, **changes: Any) -> Path:
-    """What the DeepSpeed files of that repository hold."""
-    config = {
-        "fp16": {"enabled": "auto", "loss_scale": 0},
-        "bf16": {"enabled": "auto"},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
-        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}},
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-    } | changes
-    path = folder / "ds.json"
-    path.write_text(json.dumps(config))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("stage", "method", "parallel"),
-    [(0, "full", "ddp"), (2, "full", "fsdp"), (3, "full", "fsdp"), (2, "lora", "ddp"), (3, "lora", "fsdp")],
-)
-def test_deepspeed_stages(tmp_path: Path, stage: int, method: str, parallel: str) -> None:
-    path = deepspeed_file(tmp_path, zero_optimization={"stage": stage})
-    settings = {"model_name_or_path": "m", "finetuning_type": method, "deepspeed": path.name}
-    translation = translate(settings, folder=tmp_path)
-    assert as_config(translation).parallel == parallel
-    assert any("WarmupLR has no effect" in note for note in translation.notes)
-
-
-def test_what_a_deepspeed_file_says_besides(tmp_path: Path) -> None:
-    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
-    path = deepspeed_file(tmp_path, zero_optimization=zero, gradient_clipping=0.5, fp16={"enabled": True})
-    found, notes = read_deepspeed(path, {})
-    assert found == {"parallel": "fsdp", "max_grad_norm": 0.5, "dtype": "float16"}
-    assert any(note.startswith("deepspeed: offload_param to cpu has no effect") for note in notes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"zero_optimization": {"stage": 4}}, "stage is 4, allowed are 0, 1, 2, 3"),
-        ({"zero_optimization": []}, "stage is None"),
-        ({"gradient_clipping": "much"}, "gradient_clipping is 'much', allowed is a number or auto"),
-        (
-            {"gradient_accumulation_steps": 3},
-            "says gradient_accumulation_steps 3, but gradient_accumulation_steps is 8",
-        ),
-        ({"optimizer": {"type": "Lion"}}, "optimizer.type is 'Lion', allowed is AdamW"),
-    ],
-)
-def test_deepspeed_files_that_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    path = deepspeed_file(tmp_path, **changes)
-    with pytest.raises(ValueError, match=message):
-        read_deepspeed(path, {"gradient_accumulation_steps": 8})
-
-
-def test_a_deepspeed_file_that_is_no_json(tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
-        read_deepspeed(tmp_path / "ds.json", {})
-    with pytest.raises(FileNotFoundError):
-        read_deepspeed(tmp_path / "none.json", {})
+    assert names == ("c_attn", "w1")
 
 
 @pytest.mark.parametrize(
@@ -201,14 +135,15 @@ def test_a_deepspeed_file_that_is_no_json(tmp_path: Path) -> None:
         ({"stage": "ppo"}, "stage is 'ppo', but allowed are pt, sft, rm, dpo, kto and orpo"),
         ({"do_train": False}, "do_train is false, but `qwenkit train` only trains"),
         ({"quantization_bit": 8}, "quantization_bit is 8, allowed is 4"),
-        ({"template": "llama3"}, "template is 'llama3', allowed are default, qwen"),
+        ({"do_train": None, "do_predict": True}, "do_predict is true and do_train is not given.*`qwenkit generate`"),
+        ({"do_eval": True}, "do_eval is true and do_train is not given.*`qwenkit eval`"),
         ({"optim": "lion_8bit"}, "optim is 'lion_8bit', allowed are adamw"),
         ({"fp16": True, "bf16": True}, "bf16 and fp16 are both true"),
         ({"bf16": "perhaps"}, "bf16 is 'perhaps', allowed is true or false"),
-        ({"eval_strategy": "epoch"}, "eval_strategy is 'epoch', allowed are no and steps"),
-        ({"save_strategy": "epoch"}, "save_strategy is 'epoch', allowed are no and steps"),
+        ({"eval_strategy": "best"}, "eval_strategy is 'best', allowed are no, steps, epoch"),
+        ({"save_strategy": "often"}, "save_strategy is 'often', allowed are no, steps, epoch, best"),
         ({"use_galore": True}, "use_galore is True, but GaLore is not supported"),
-        ({"export_dir": "out"}, "it belongs to `qwenkit export`"),
+        ({"export_dir": "out"}, "`qwenkit export` takes this file"),
         ({"pref_loss": "kto_pair"}, "pref_loss is 'kto_pair', allowed are"),
     ],
 )
@@ -230,7 +165,7 @@ def test_what_is_refused(settings: dict[str, Any], message: str) -> None:
         ({"report_to": ["tensorboard"]}, {"report_to": ("tensorboard",)}),
         ({"resume_from_checkpoint": True}, {"resume_from_checkpoint": "latest"}),
         ({"resume_from_checkpoint": False}, {"resume_from_checkpoint": None}),
-        ({"save_strategy": "no"}, {"save_steps": None}),
+        ({"save_strategy": "no"}, {"save_strategy": "no"}),
         ({"eval_strategy": False}, {"eval_steps": None}),  # YAML reads a bare no as false
         ({"pref_loss": "orpo", "stage": "dpo", "orpo_beta": 0.2}, {"stage": "orpo", "pref_beta": 0.2}),
         ({"neat_packing": True}, {"packing": True}),
@@ -256,44 +191,6 @@ def test_own_settings_pass_untouched_and_unknown_keys_are_left_to_be_refused() -
     assert translate(settings) == Translation(settings, [])
     with pytest.raises(ValueError, match="learning_rat is not a setting of train; did you mean learning_rate"):
         as_config(translate({"model_name_or_path": "m", "learning_rat": 1}))
-
-
-def test_every_name_in_the_tables_leads_somewhere() -> None:
-    known = set(TrainConfig().settings())
-    assert set(RENAMED.values()) <= known
-    assert not set(RENAMED) & known
-    assert not (set(WITHOUT_EFFECT) | set(REFUSED)) & (known - {"cache_dir"})
-    assert not set(WITHOUT_EFFECT) & set(REFUSED)
-    for optimizer in OPTIMIZERS.values():
-        assert TrainConfig(optim=optimizer).optim == optimizer
-    for key in WITHOUT_EFFECT:
-        translation = translate({"model_name_or_path": "m", key: 1})
-        assert any(note.startswith(f"{key} has no effect: ") for note in translation.notes)
-        as_config(translation)
-    for key in REFUSED:
-        with pytest.raises(ValueError, match=f"^{key} is 1, but "):
-            translate({"model_name_or_path": "m", key: 1})
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [(["data.json"], "belongs to no flag"), (["--a", "1", "--a", "2"], "--a is given twice")],
-)
-def test_command_lines_that_are_refused(words: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_flags(words)
-
-
-names = st.text("abcdefgh_", min_size=1).filter(lambda name: not name.startswith("_"))
-values = st.text("abc123./", min_size=1)
-
-
-@given(st.dictionaries(names, st.one_of(values, st.just(True), st.lists(values, min_size=2))))
-def test_flags_are_read_back(settings: dict[str, Any]) -> None:
-    words = []
-    for name, value in settings.items():
-        words += [f"--{name}", *([] if value is True else value if isinstance(value, list) else [value])]
-    assert read_flags(words) == settings
 
 
 def test_yaml_written_from_a_translation_says_the_same() -> None:
