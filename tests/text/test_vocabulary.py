@@ -130,7 +130,10 @@ def test_tokens_looked_for_after_normalisation(tokenizer_json: dict[str, Any], t
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ((["a"], [], [1], "bert"), r"tokenizer\.ggml\.pre is 'bert', known are default, gpt-2"),
+        (
+            (["a"], [], [1], "bert"),
+            r"tokenizer\.ggml\.pre is 'bert', known are deepseek-r1-qwen, default, f2llmv2, gpt-2",
+        ),
         ((["a"], [], [1, 1], "qwen2"), r"token_type has 2 entries for 1 tokens"),
         ((["a", "b"], ["ab"], [1, 1], "qwen2"), r"merge 1 is 'ab', not a pair"),
         ((["a", "b"], ["a b"], [1, 1], "qwen2"), r"tokens: the merge of 'a' and 'b' is not between"),

@@ -25,7 +25,7 @@ class TokenLimitError(ValueError):
     """A text has more tokens than the caller wants; it was not tokenized to its end."""
 
     def __init__(self, max_tokens: int) -> None:
-        super().__init__(f"the text is longer than {max_tokens} tokens")
+        super().__init__(f"text is more than {max_tokens} tokens long, allowed are at most {max_tokens}")
         self.max_tokens = max_tokens
 
 
@@ -128,8 +128,13 @@ class Tokenizer:
 
         Chat templates write their own first token, so what they render is encoded with `encode`. Raises what `encode` does.
         """
-        room = None if max_tokens is None else max_tokens - len(self.prefix)
-        return [*self.prefix, *self.encode(text, allow_special=allow_special, max_tokens=room)]
+        if max_tokens is None:
+            return [*self.prefix, *self.encode(text, allow_special=allow_special)]
+        try:
+            room = max_tokens - len(self.prefix)
+            return [*self.prefix, *self.encode(text, allow_special=allow_special, max_tokens=room)]
+        except TokenLimitError:
+            raise TokenLimitError(max_tokens) from None
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text` in which every added token is spelled out, <think> and <tool_call> too."""
