@@ -30,7 +30,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from qwenkit.hub.fetch import Download, cached_in, choose_files, copy_without_hub, fetch, write_sums
 from qwenkit.hub.verify import KnownFile
-from qwenkit.storage import write_text
+from qwenkit.storage import atomic_replace, write_text
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -126,7 +126,7 @@ def _link(name: str, revision: str | None, commit: str, places: dict[KnownFile, 
             beside.symlink_to(os.path.relpath(place, named.parent))
         except OSError:  # a file system, or a user of Windows, without links
             shutil.copyfile(place, beside)
-        os.replace(beside, named)
+        atomic_replace(beside, named)
     if not _COMMIT.fullmatch(revision or constants.DEFAULT_REVISION):
         ref = _storage(name) / "refs" / (revision or constants.DEFAULT_REVISION)
         ref.parent.mkdir(parents=True, exist_ok=True)
