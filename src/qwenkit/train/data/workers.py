@@ -190,7 +190,8 @@ def _request(pipeline: Pipeline) -> dict[str, Any] | None:
 
 def _pipeline(request: dict[str, Any]) -> Pipeline:
     """The pipeline that `_request` was made of."""
-    source = request["source"] | {"files": tuple(map(Path, request["source"]["files"]))}
+    source = request["source"]
+    source |= {"files": tuple(map(Path, source["files"])), "notes": tuple(source["notes"])}
     tokenizer = Tokenizer.from_json(request["tokenizer"])
     chat = None
     if request["chat"] is not None:
