@@ -83,7 +83,7 @@ def test_a_text_is_one_record_whatever_is_in_it(checkpoint: Checkpoint, tmp_path
     path = tmp_path / "data.jsonl"
     path.write_text('"one\u2028two\x85{three}"\n{"text": ""}\n{"text": "[4]"}\n', encoding="utf-8")
     (found,) = texts(checkpoint, read(checkpoint, path, length=22))
-    assert sorted(found.split("<|im_end|>")) == ["[4]", "one\u2028two\x85{three}"]
+    assert sorted(found.split("<|endoftext|>")) == ["[4]", "one\u2028two\x85{three}"]
 
 
 def test_the_built_in_text(checkpoint: Checkpoint) -> None:
