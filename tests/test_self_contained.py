@@ -175,7 +175,7 @@ def test_no_file_names_a_place_outside_of_the_checkout() -> None:
         ("Makefile", "\tpytest --data=../shared"),
         (".ci/run", 'cp -r "$(dirname "$0")/../../golden" .'),
         ("docs/train.md", "measured with /home/someone/bench.py"),
-        ("recipes/lora.yaml", "dataset_dir: /work/shared/data"),
+        ("recipes/lora.yaml", "dataset_dir: /scratch/someone/data"),
         ("tests/text/test_x.py", 'DATA = Path("../shared")'),
         ("tests/text/test_x.py", 'open(f"{ROOT}/../golden/x.json")'),
         ("tests/text/test_x.py", "# as ../shared/check.py does"),
