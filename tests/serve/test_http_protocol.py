@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import os
 import random
@@ -10,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -21,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenkit.serve.config import ServeConfig
-from qwenkit.serve.connections import Connections, Slot, connection_limit, peer_of
+from qwenkit.serve.connections import Acceptor, Connections, Slot, connection_limit, peer_of
 from qwenkit.serve.http_protocol import MAX_HEAD
 from qwenkit.serve.keys import Keys
 from qwenkit.text.tokenizer import Tokenizer
@@ -241,6 +244,35 @@ def test_idle_connections_make_room_for_new_ones(live_server: StartServer) -> No
         assert answers(idle[-2], 1)[0][0] == 200, "a younger one is still there"
         for sock in idle:
             sock.close()
+
+
+def test_sockets_of_connections_that_make_room_at_once_are_closed() -> None:
+    """A burst: most slots are taken back before their tasks began, and the loop ends right after."""
+
+    async def accept_all(listening: socket.socket) -> None:
+        acceptor = Acceptor(
+            listening,
+            lambda slot: asyncio.Protocol(),
+            Connections(4, 4),
+            tls=None,
+            handshake_timeout=5.0,
+            sweep=60.0,
+        )
+        acceptor.start()
+        clients = [socket.create_connection(listening.getsockname(), timeout=5) for _ in range(30)]
+        await asyncio.sleep(0.1)
+        for client in clients:
+            client.close()
+        acceptor.close()
+        await acceptor.wait_closed()
+        await asyncio.sleep(0.1)
+
+    gc.collect()
+    with warnings.catch_warnings(record=True) as caught, socket.create_server(("127.0.0.1", 0)) as listening:
+        warnings.simplefilter("always")
+        asyncio.run(accept_all(listening))
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 def test_connections_that_are_served_are_not_closed_for_new_ones(live_server: StartServer) -> None:

@@ -173,6 +173,7 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._opening: set[asyncio.Task[None]] = set()
+        self._accepted: dict[Slot, socket.socket] = {}  # those that no task has taken over yet
 
     def start(self) -> None:
         for sock in self.sockets:
@@ -220,12 +221,14 @@ class Acceptor:
                         sock.send(_FULL)
                 continue
             sock.setblocking(False)
-            slot.task = self._loop.create_task(self._open(sock, slot))
+            self._accepted[slot] = sock
+            slot.task = self._loop.create_task(self._open(slot))
             self._opening.add(slot.task)
-            slot.task.add_done_callback(partial(self._opened, sock))
+            slot.task.add_done_callback(partial(self._opened, slot))
 
-    async def _open(self, sock: socket.socket, slot: Slot) -> None:
-        """TLS, where the server has it, and then the protocol."""
+    async def _open(self, slot: Slot) -> None:
+        """TLS, where the server has it, and then the protocol. From here on the transport closes the socket."""
+        sock = self._accepted.pop(slot)
         timeout = None if self._tls is None else self._handshake_timeout
         try:
             await self._loop.connect_accepted_socket(
@@ -235,11 +238,13 @@ class Acceptor:
             self._connections.release(slot)
             raise
 
-    def _opened(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
+    def _opened(self, slot: Slot, task: asyncio.Task[None]) -> None:
         self._opening.discard(task)
-        if task.cancelled() or task.exception() is not None:
-            # A transport that was made closes the socket by itself, soon; a task that never began made none.
-            self._loop.call_later(1.0, sock.close)
+        never_began = self._accepted.pop(slot, None)
+        if never_began is not None:
+            never_began.close()
+        if not task.cancelled():
+            task.exception()  # a failed handshake is the client's affair: nothing is logged
 
     def _sweep(self) -> None:
         """Close what is beyond its deadline."""
