@@ -131,8 +131,7 @@ def test_cancel_and_expire(live_server: StartServer) -> None:
     live.engine.gate.set()
     assert wait_for(client, batch).status == "cancelled"
     live.engine.seconds = 0.5
-    # Times are whole seconds: a window of 1 s may end before the lines are read, and then there is no error file.
-    late = wait_for(client, begin(client, jsonl(3), window="2s"))
+    late = wait_for(client, begin(client, jsonl(3), window="1s"))
     assert late.status == "expired"
     assert late.error_file_id is not None
     assert "batch_expired" in client.files.content(late.error_file_id).text

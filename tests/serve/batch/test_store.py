@@ -79,7 +79,7 @@ class Life(RuleBasedStateMachine):
     @rule(number=PICK, how=st.sampled_from(["cancel", "expire"]))
     def end_early(self, number: int, how: str) -> None:
         if row := self.pick(number):
-            may = self.state[row.seq] in ("validating", "in_progress")
+            may = self.state[row.seq] in (("validating", "in_progress") if how == "cancel" else ("in_progress",))
             assert getattr(self.store, how)(row.seq) is may
             if may:
                 self.state[row.seq] = "cancelling" if how == "cancel" else "finalizing"

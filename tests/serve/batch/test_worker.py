@@ -115,6 +115,25 @@ def test_an_early_end_keeps_what_is_done(tmp_path: Path, how: str) -> None:
     asyncio.run(run())
 
 
+def test_a_batch_that_expires_before_it_is_read_names_its_requests(tmp_path: Path) -> None:
+    async def run() -> None:
+        clock = [1000.0]
+        app, store = EchoApp(), BatchStore(tmp_path, clock=lambda: clock[0])
+        batch = add_batch(store, [request_line(n) for n in range(3)])
+        clock[0] = float(batch.expires_at)
+        running = worker(app, store)
+        running.start()
+        [done] = await finished(store, batch)
+        assert (done.status, done.total, done.output_file_id) == ("expired", 3, None)
+        error = records(store, done, "error")
+        assert [r["custom_id"] for r in error] == ["line-0", "line-1", "line-2"]
+        assert {r["error"]["code"] for r in error} == {"batch_expired"}
+        assert app.asked == []
+        await running.stop()
+
+    asyncio.run(run())
+
+
 def test_stop_and_go_on(tmp_path: Path) -> None:
     """Lines under way at a stop are begun again by the next worker; no line that is done is asked twice."""
 

@@ -268,9 +268,9 @@ class BatchStore:
             return self._move(seq, ("validating", "in_progress"), "cancelling", outcome="cancelled")
 
     def expire(self, seq: int) -> bool:
-        """validating or in_progress -> finalizing with what there is. False in any other state."""
+        """in_progress -> finalizing with what there is. False in any other state."""
         with self._transaction():
-            return self._move(seq, ("validating", "in_progress"), "finalizing", outcome="expired")
+            return self._move(seq, ("in_progress",), "finalizing", outcome="expired")
 
     def results(self, seq: int, after: int, limit: int) -> list[tuple[Line, bool | None, bytes]]:
         """Up to `limit` lines beyond line `after` with their results; ok is None for a line that has none."""

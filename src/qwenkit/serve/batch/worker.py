@@ -143,11 +143,11 @@ class BatchWorker:
         for batch in await self.call(self.store.open_batches):
             if batch.seq in self._jobs:
                 continue
-            if batch.status in ("validating", "in_progress") and batch.expires_at <= self.store.now:
+            if batch.status == "validating":  # read even when late: the error file names every request
+                self._begin_job(batch, partial(self._read, batch))
+            elif batch.status == "in_progress" and batch.expires_at <= self.store.now:
                 if await self.call(self.store.expire, batch.seq):
                     self.wake()
-            elif batch.status == "validating":
-                self._begin_job(batch, partial(self._read, batch))
             elif batch.status == "in_progress":
                 if self._serves(batch.owner):
                     self._feeds.setdefault(batch.seq, _Feed(batch))
