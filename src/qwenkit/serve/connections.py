@@ -173,7 +173,7 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._opening: set[asyncio.Task[None]] = set()
-        self._accepted: dict[Slot, socket.socket] = {}  # those that no task has taken over yet
+        self._accepted: dict[Slot, socket.socket] = {}  # those that _open has not taken over yet
 
     def start(self) -> None:
         for sock in self.sockets:
@@ -240,9 +240,9 @@ class Acceptor:
 
     def _opened(self, slot: Slot, task: asyncio.Task[None]) -> None:
         self._opening.discard(task)
-        never_began = self._accepted.pop(slot, None)
-        if never_began is not None:
-            never_began.close()
+        sock = self._accepted.pop(slot, None)
+        if sock is not None:  # cancelled before _open began
+            sock.close()
         if not task.cancelled():
             task.exception()  # a failed handshake is the client's affair: nothing is logged
 
