@@ -12,8 +12,8 @@ demo: $(VENV)/.installed
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-	QWENKIT_OPS=avx2 $(BIN)/python -m pytest tests/model tests/engine
-	QWENKIT_OPS=avx512 $(BIN)/python -m pytest tests/model tests/engine tests/test_smollm2.py
+	QWENKIT_OPS=avx2 $(BIN)/python -m pytest -n 2 --dist loadfile tests/model tests/engine
+	QWENKIT_OPS=avx512 $(BIN)/python -m pytest -n 2 --dist loadfile tests/model tests/engine tests/test_smollm2.py
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
