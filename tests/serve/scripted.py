@@ -118,7 +118,9 @@ class ScriptedEngine:
                 list(ids),
                 params,
                 Detokenizer(self.tokenizer, skip_special=params.skip_special_tokens),
-                StopStrings(params.stop) if params.stop else None,
+                StopStrings(params.stop, self.tokenizer if params.skip_special_tokens else None)
+                if params.stop
+                else None,
                 len(prompt),
                 priority=settings.get("priority", 0),
             )
@@ -196,7 +198,7 @@ class ScriptedEngine:
         if finish_reason is not None:
             text += answer.detokenizer.finish()
         if answer.stops is not None:
-            text, matched = answer.stops.push(text)
+            text, matched = answer.stops.push(text, token)
             if matched is not None:
                 finish_reason, stop_reason = "stop", matched
             elif finish_reason is not None:

@@ -103,7 +103,7 @@ def test_arguments_in_all_their_shapes(hermes: AnswerFormat, body: str, argument
     "answer",
     [
         '<tool_call>\n{"name": "f", "arguments": {"a": 1',
-        '<tool_call>\n{"name": "f", "arguments": {"a": 1}}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}}, 2}\n</tool_call>',
         '<tool_call>\n{"name": "", "arguments": {}}\n</tool_call>',
         '<tool_call>\n{"name": "f", "arguments": [1]}\n</tool_call>',
         '<tool_call>\n{"name": "f", "arguments": "a"}\n</tool_call>',
@@ -113,11 +113,12 @@ def test_arguments_in_all_their_shapes(hermes: AnswerFormat, body: str, argument
         '<tool_call>\n{"name": "f", "arguments": {"a": ' + "[" * 2_000 + "]" * 2_000 + "}}} </tool_call>",
         "see \n<tool_call>\n</tool_call> there",
         "the tag <tool_call> starts a call, </tool_call> ends it",
-        "</think> and <think>",
+        "of </think> and <think>",
     ],
 )
 def test_what_is_no_call_is_text(hermes: AnswerFormat, answer: str) -> None:
-    assert read(hermes, answer) == [("content", answer, 0)]
+    closed = hermes.tokenizer.encode("<|im_start|>assistant\n<think>\n\n</think>\n\n", allow_special=True)
+    assert read(hermes, answer, closed) == [("content", answer, 0)]
 
 
 def test_a_good_call_after_a_bad_one(hermes: AnswerFormat) -> None:
@@ -220,6 +221,6 @@ def test_react_text_that_is_no_call(react: AnswerFormat, call: str) -> None:
 def test_formats_without_known_tools(tokenizer: Tokenizer, data_folder: Path) -> None:
     plain = AnswerFormat.of(tokenizer, JinjaChat(tokenizer, (data_folder / "templates" / "qwen2.jinja").read_text()))
     coder = AnswerFormat.of(tokenizer, JinjaChat(tokenizer, "<tool_call>\n<function=f>"))
-    assert plain.tool_style is coder.tool_style is None
+    assert (plain.tool_style, coder.tool_style) == (None, "xml")
     with pytest.raises(ValueError, match="no tool calls"):
         plain.tool_grammar([TOOL], choice="required", parallel=True)

@@ -186,9 +186,8 @@ def assert_nothing_is_lost(answer: str, events: list[AnswerEvent]) -> None:
                 rest = rest.removeprefix(f"{wanted}ActionInput:")
             while tag := TAG.match(rest):
                 rest = rest[tag.end() :]
-            call, end = json.JSONDecoder(strict=False).raw_decode(rest)
+            call, rest = mended_call(rest)
             assert call.get("name", wanted) == wanted
-            rest = rest[end:]
         elif event.kind in ("content", "reasoning"):
             while wanted:
                 tag = TAG.match(rest)
@@ -201,6 +200,19 @@ def assert_nothing_is_lost(answer: str, events: list[AnswerEvent]) -> None:
     while tag := TAG.match(rest):
         rest = rest[tag.end() :]
     assert rest == ""
+
+
+def mended_call(text: str) -> tuple[dict[str, str], str]:
+    """The object that `text` begins with, even if it lacks closing braces, and what comes after it and braces too many."""
+    braces = 0
+    while True:
+        try:
+            call, end = json.JSONDecoder(strict=False).raw_decode(text)
+        except json.JSONDecodeError as error:
+            assert braces < 4
+            text, braces = f"{text[: error.pos]}}}{text[error.pos :]}", braces + 1
+        else:
+            return call, text[end:] if braces else re.sub(r"\A}+(?=</|\Z)", "", text[end:])
 
 
 def test_many_tags_take_linear_time() -> None:

@@ -131,7 +131,6 @@ def test_the_mask_leaves_observations_out(qwen1: Tokenizer) -> None:
     [
         ([ASK, result("x")], r"messages\[1\]\.role is 'tool'"),
         ([ASK, assistant(call("f", "{}")), assistant(call("f", "{}"))], r"messages\[2\]\.role is 'assistant'"),
-        ([ASK, ASK], r"messages\[1\]\.role is 'user'"),
         ([ASK, assistant(call("f", "{}"))], "the last one must be the user's"),
         ([ASK, assistant({"function": {}}), result("x")], r"messages\[1\]\.tool_calls\[0\]\.function\.name is None"),
         (

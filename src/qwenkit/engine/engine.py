@@ -256,7 +256,9 @@ class Engine:
             max_tokens=min(params.max_tokens or room, room),
             stop_ids=stop_ids,
             detokenizer=Detokenizer(self.tokenizer, skip_special=params.skip_special_tokens),
-            stop_strings=StopStrings(params.stop) if params.stop else None,
+            stop_strings=StopStrings(params.stop, self.tokenizer if params.skip_special_tokens else None)
+            if params.stop
+            else None,
             rope_alpha=None if trained is None else float(ntk_alpha(len(prompt), trained)),
             prompt_logprobs=[None] if wants_prompt else None,
             matcher=None
@@ -302,7 +304,7 @@ class Engine:
         if finish_reason is not None:
             text += sequence.detokenizer.finish()
         if sequence.stop_strings is not None and sequence.num_output > params.min_tokens:
-            text, matched = sequence.stop_strings.push(text)
+            text, matched = sequence.stop_strings.push(text, token)
             if matched is not None:
                 finish_reason, stop_reason = "stop", matched
             elif finish_reason is not None:

@@ -13,6 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from qwenkit.engine.grammar_fault import words_of_a_client
+from qwenkit.installation import install_extra
+from qwenkit.text.json_schema import WHITESPACE, normalized
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
@@ -21,9 +25,6 @@ KINDS: tuple[str, ...] = get_args(Kind)
 MAX_DEPTH = 64  # levels of a schema
 MAX_OPTIONAL = 400  # properties of one object that are not required
 MAX_ENTRIES = 20_000  # keys and items of a schema in all
-
-# Between the tokens of JSON: a space, or a line break and deep indentation, so that a model cannot fill an answer with nothing.
-_WHITESPACE = r"[ ]{1,2}|\r?\n[ \t]{0,64}"
 
 # Work of one step; the engine waits for it, so the limits are below llguidance's own. In its measure about 10 ms each.
 _LIMITS: dict[str, Any] = {
@@ -141,11 +142,11 @@ def _as_llguidance(grammar: Grammar) -> str:
     if kind == "json_object":
         kind, source = "json_schema", '{"type": "object"}'
     if kind == "json_schema":
-        if source.strip() in ("true", "false"):
-            source = '{"enum": []}' if source.strip() == "false" else "{}"
+        schema = normalized(json.loads(source))
+        source = '{"enum": []}' if schema is False else json.dumps({} if schema is True else schema)
         # A keyword that is not understood is an error, whatever the schema asks for.
         text = matcher.grammar_from_json_schema(
-            source, defaults={"whitespace_pattern": _WHITESPACE}, overrides={"lenient": False}
+            source, defaults={"whitespace_pattern": WHITESPACE}, overrides={"lenient": False}
         )
     elif kind == "regex":
         # Digits are 0 to 9, as whoever writes a pattern for a program means them.
@@ -174,7 +175,7 @@ def require_llguidance() -> Any:
     try:
         import llguidance
     except ModuleNotFoundError:
-        raise ValueError("grammar needs the package llguidance: pip install qwenkit[serve]") from None
+        raise ValueError(f"grammar needs the package llguidance: {install_extra('serve')}") from None
     return llguidance
 
 
@@ -242,6 +243,8 @@ def _choices(source: str) -> list[str]:
 
 def _sentence(message: str) -> str:
     """llguidance's report, which may be several lines with an excerpt of the grammar, as one sentence."""
+    if message.startswith("grammar "):
+        return message
     keys = re.search(r"Unimplemented keys: \[(.*?)\]", message)
     if keys is not None:
         names = keys[1].replace('"', "")
@@ -252,4 +255,4 @@ def _sentence(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reason = re.sub(r"^(at )?(\d+)\((\d+)\): ", r"line \2, column \3: ", lines[0]) if lines else "unknown reason"
     reason = reason.removeprefix("Parser Error: ").split("; following")[0].split("; consider")[0]
-    return f"grammar cannot be used: {reason[:300]}"
+    return words_of_a_client(f"grammar cannot be used: {reason[:300]}")

@@ -24,6 +24,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from qwenkit.engine.grammar import Grammar, build_vocabulary, compile_grammar, describe_failure
+from qwenkit.engine.grammar_fault import locate
 from qwenkit.engine.heap import give_back_heap
 from qwenkit.text.child_process import limit_cpu, limit_memory, receive, send
 
@@ -159,7 +160,19 @@ def _try(request: dict[str, Any], vocabulary: LLTokenizer, byte_ids: list[int], 
         answer["error"], answer["bytes"] = None, max(0, _resident_bytes() - before)
         del matcher
     except ValueError as error:
-        answer["error"] = str(error)[:1000]
+        message = str(error)
+        if request["kind"] == "json_schema":
+            message = locate(request["source"], message, lambda part: _fault(part, vocabulary))
+        answer["error"] = message[:1000]
+
+
+def _fault(schema: str, vocabulary: LLTokenizer) -> str | None:
+    """What is wrong with a schema, by itself; None if nothing is."""
+    try:
+        compile_grammar(Grammar("json_schema", schema), vocabulary)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def walk(matcher: LLMatcher, preferred: list[int], seed: int) -> None:

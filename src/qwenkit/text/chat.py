@@ -98,8 +98,19 @@ class JinjaChat:
         return Rendered(ids, generated if self._template.marks_generation else None)
 
     def _text(self, messages: list[dict[str, Any]], others: dict[str, Any], add_generation_prompt: bool) -> str:
-        """The rendered text. Content that is null stays null for templates that ask whether it is none; for one that fails
-        on it, or writes it out as the word None, it is an empty text."""
+        """The rendered text, with calls as they were made; for a template that fails on arguments that are no object, they
+        are the only member of one."""
+        try:
+            return self._text_of(messages, others, add_generation_prompt)
+        except ValueError:
+            wrapped = [_with_object_arguments(message) for message in messages]
+            if wrapped == messages:
+                raise
+            return self._text_of(wrapped, others, add_generation_prompt)
+
+    def _text_of(self, messages: list[dict[str, Any]], others: dict[str, Any], add_generation_prompt: bool) -> str:
+        """The same of one form of the messages. Content that is null stays null for templates that ask whether it is none;
+        for one that fails on it, or writes it out as the word None, it is an empty text."""
         empty = [message | {"content": ""} if message["content"] is None else message for message in messages]
 
         def render(messages: list[dict[str, Any]]) -> str:
@@ -245,15 +256,43 @@ def _joined_text(content: Any, name: str) -> str:
 
 
 def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI sends arguments as a JSON string, which a template that applies tojson would quote a second time."""
+    """A call with its arguments as an object, for OpenAI sends them as a JSON string, which `tojson` would quote again."""
     checked = dict(call)
     if isinstance(call.get("function"), Mapping):
         checked["function"] = _with_parsed_arguments(call["function"])
-    if isinstance(call.get("arguments"), str):
-        try:
-            arguments = json.loads(call["arguments"])
-        except (ValueError, RecursionError):
-            arguments = None
-        if isinstance(arguments, dict):
-            checked["arguments"] = arguments
+    if "arguments" in call or "function" not in call:
+        checked["arguments"] = parsed_arguments(call.get("arguments"))
     return checked
+
+
+def parsed_arguments(given: Any) -> Any:
+    """Arguments of a call as an object: none at all are an empty one, and one that was written as a text twice is read twice.
+
+    What is no object is returned as it is: a call that failed is history too.
+    """
+    value = given
+    for _ in range(3):
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return {}
+        if not isinstance(value, str):
+            break
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            break
+    return value if isinstance(value, Mapping) else given
+
+
+def _with_object_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have objects as arguments, for templates that go through their members."""
+
+    def wrapped(call: Mapping[str, Any]) -> dict[str, Any]:
+        done = dict(call)
+        if isinstance(call.get("function"), Mapping):
+            done["function"] = wrapped(call["function"])
+        if "arguments" in call and not isinstance(call["arguments"], Mapping):
+            done["arguments"] = {"arguments": call["arguments"]}
+        return done
+
+    calls = message.get("tool_calls")
+    return message | {"tool_calls": [wrapped(call) for call in calls]} if calls else message

@@ -1,8 +1,8 @@
 """Qwen-1's ChatML, which came as code (qwen_generation_utils.make_context, openai_api.py) and not as a template.
 
-In: messages: at most one system message first, then user and assistant in turn; with tools, results after the
-assistant's calls, all written as ReAct text. Out: ids and mask. The pieces of a turn are tokenized apart, and the
-history is a window: whole turns, newest first, as long as they fit.
+In: messages: a system message first, then user and assistant in turn (`in_turn` makes that of any conversation); with tools,
+results after the assistant's calls, all written as ReAct text. Out: ids and mask. The pieces of a turn are tokenized apart, and
+the history is a window: whole turns, newest first, as long as they fit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,16 +51,17 @@ class Qwen1Chat:
         together and the prompt ends in "Thought:". Tools that stood in a turn left out are told with the query.
         `max_tokens` holds for each turn: those left out count nothing together.
         """
-        checked = [message | {"content": message["content"] or ""} for message in checked_messages(messages)]
+        given = zip(checked_messages(messages), messages, strict=True)
+        messages = in_turn(
+            [{**each, "content": each["content"] or "", "tool_calls": said.get("tool_calls")} for each, said in given]
+        )
+        checked = [dict(message) for message in messages]
         system = checked.pop(0)["content"] if checked[0]["role"] == "system" else DEFAULT_SYSTEM
         offset = len(messages) - len(checked)
         if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in checked):
             system = system.lstrip("\n").rstrip()
-            # Arguments go into the prompt letter for letter, so the calls are taken as the caller wrote them.
-            written = zip(checked, messages[offset:], strict=True)
-            turns = react.turns(
-                [{**message, "tool_calls": given.get("tool_calls")} for message, given in written], offset, tools or ()
-            )
+            # Arguments go into the prompt letter for letter, so the calls are as the caller wrote them.
+            turns = react.turns(checked, offset, tools or ())
         else:
             turns = _plain_turns(checked, offset)
         first = self._turn("system", [(system, False)], max_tokens)
@@ -107,6 +108,29 @@ class Qwen1Chat:
                 break
             window = pair + window
         return window
+
+
+def in_turn(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages, whose contents are texts, in the order that the format has: one system message, then turns that alternate.
+
+    Neighbours of one role are joined by a blank line; a later system message is part of the user's turn. Calls and results of
+    tools are left as they are.
+    """
+    done: list[dict[str, Any]] = []
+    for message in messages:
+        role = message["role"]
+        if role == "system" and any(each["role"] != "system" for each in done):
+            role = "user"
+        last = done[-1] if done else None
+        if (
+            last is not None
+            and last["role"] == role != "tool"
+            and not (last.get("tool_calls") or message.get("tool_calls"))
+        ):
+            last["content"] = "\n\n".join(filter(None, (last["content"], message["content"])))
+        else:
+            done.append({**message, "role": role})
+    return done
 
 
 def _plain_turns(messages: Sequence[Mapping[str, Any]], offset: int) -> list[tuple[str, react.Parts]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwenkit.text.answer_tags import Tag
-from qwenkit.text.tool_calls import ToolCall, checked_arguments, function_of
+from qwenkit.text.tool_calls import ToolCall, arguments_rule, checked_arguments, function_of
 
 THOUGHT, ACTION, ACTION_INPUT = "Thought:", "Action:", "Action Input:"
 OBSERVATION, FINAL_ANSWER = "Observation:", "Final Answer:"
@@ -151,8 +151,10 @@ def _call_lines(thought: str, field: str, call: Mapping[str, Any]) -> str:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
         raise ValueError(f"{field}.function.name is {name!r}, allowed is text that is not empty")
-    arguments = function.get("arguments", "")
-    if not isinstance(arguments, str):
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = ""
+    elif not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     if not thought.startswith(THOUGHT):
         thought = f"{THOUGHT} {thought}"
@@ -170,7 +172,7 @@ def react_grammar(schemas: Mapping[str, str]) -> str:
         if "\n" in name:
             raise ValueError(f"tools: a function is named {name!r}, allowed is a single line")
         rules.append(f"call_{index}: {json.dumps(f'{name}{chr(10)}{ACTION_INPUT} ')} arguments_{index}")
-        rules.append(f"arguments_{index}: %json {schema}")
+        rules.append(f"arguments_{index}: {arguments_rule(name, schema)}")
     return "\n".join(rules) + "\n"
 
 
@@ -195,7 +197,7 @@ class ReactCall:
     def holds(self, tag: Tag) -> bool:
         return tag.text == ACTION_INPUT
 
-    def calls(self) -> list[ToolCall] | None:
+    def calls(self, *, closed: bool) -> list[ToolCall] | None:
         name, marker, arguments = "".join(self._pieces).partition(f"\n{ACTION_INPUT}")
         checked = checked_arguments(arguments)
         if not marker or not name.strip() or checked is None:

@@ -2,21 +2,27 @@
 
 In: the text between the tags, while it arrives; tool definitions in the OpenAI shape. Out: checked `ToolCall`s, whose
 arguments are the very JSON text the model wrote, or a verdict that this is no call; and the grammar that forces one.
-What every format of calls needs, ReAct's too, is here as well: reading definitions, and checking arguments.
+A call holds everything that the model wrote for it, or it is none. What every format of calls needs, ReAct's and XML's
+too, is here as well: reading definitions, and checking arguments.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qwenkit.text.answer_tags import Tag
+from qwenkit.text.call_repair import repaired
+from qwenkit.text.json_schema import for_grammar
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 _BLANK = " \t\r\n"
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _CONTROL = re.compile(r"[\x00-\x1f]")
+FENCE = "```"
+ARGUMENTS = ("arguments", "parameters", "args", "input")  # what models call the member that holds them
+_LABELS = ("id", "type")  # of the call itself, told by who gives the call out
 
 
 @dataclass(frozen=True)
@@ -38,15 +44,20 @@ class CallText(Protocol):
         """Whether `tag`, coming next, would be part of the call's text and not its end."""
         ...
 
-    def calls(self) -> list[ToolCall] | None:
-        """What the text says, all of it; None if it is no well-formed call."""
+    def calls(self, *, closed: bool) -> list[ToolCall] | None:
+        """What the text says, all of it; None if it is no well-formed call. `closed`: the end tag was written."""
         ...
 
 
 class HermesCall:
-    """The text between <tool_call> and its end: usually one JSON object, now and then several."""
+    """The text between <tool_call> and its end: usually one JSON object, now and then several.
 
-    def __init__(self) -> None:
+    names: of the tools that may be called; what only a lenient reader understands has to name one of them.
+    """
+
+    def __init__(self, names: Collection[str] = ()) -> None:
+        self._names = names
+        self._start = ""
         self._pieces: list[str] = []
         self._opened = False
         self._in_string = False
@@ -55,12 +66,12 @@ class HermesCall:
     def add(self, text: str) -> bool:
         self._pieces.append(text)
         if not self._opened:
-            start = text.lstrip(_BLANK)
-            if not start:
+            self._start = (self._start + text).lstrip(_BLANK)
+            if FENCE.startswith(self._start):
                 return True
-            if not start.startswith("{"):
+            if not self._start.startswith(("{", "[", FENCE)):
                 return False
-            self._opened = True
+            self._opened, text = True, self._start
         for character in text:
             if self._escaped:
                 self._escaped = False
@@ -76,28 +87,39 @@ class HermesCall:
     def holds(self, tag: Tag) -> bool:
         return self._in_string
 
-    def calls(self) -> list[ToolCall] | None:
+    def calls(self, *, closed: bool) -> list[ToolCall] | None:
         body = "".join(self._pieces).strip(_BLANK)
-        calls = []
-        try:
-            while body:
-                members, end = _members(body)
-                call = _call(members)
-                if call is None:
-                    return None
-                calls.append(call)
-                body = body[end:].lstrip(_BLANK)
-        except (ValueError, RecursionError):
-            return None
-        return calls or None
+        # Without the end tag it is not certain that the model had said all.
+        return json_calls(body) or (repaired(body, json_calls, self._names) if closed else None)
+
+
+def json_calls(body: str) -> list[ToolCall] | None:
+    """The calls that JSON objects one after the other describe; None if there is none, or one of them is no call."""
+    calls = []
+    try:
+        while body := body.lstrip(_BLANK):
+            members, end = _members(body)
+            call = _call(members)
+            if call is None:
+                return None
+            calls.append(call)
+            body = body[end:]
+    except (ValueError, RecursionError):
+        return None
+    return calls or None
 
 
 def checked_arguments(text: str) -> str | None:
     """`text`, if it is a JSON object; None otherwise. Line breaks and tabs bare inside its strings become escapes."""
+    return checked_json(text, dict)
+
+
+def checked_json(text: str, kind: type) -> str | None:
+    """The same of a value that Python reads as `kind`."""
     text = text.strip(_BLANK)
     try:
         text.encode()  # half a surrogate pair, from an escape, could not be sent on
-        if not isinstance(_DECODER.decode(text), dict):
+        if not isinstance(_DECODER.decode(text), kind):
             return None
     except (ValueError, RecursionError):
         return None
@@ -120,6 +142,17 @@ def function_of(tool: Any, index: int) -> Mapping[str, Any]:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"tools[{index}] has the name {name!r}, allowed is text that is not empty")
     return function
+
+
+def known_schemas(tools: Sequence[Any]) -> dict[str, Any]:
+    """Tool name -> the schema of its arguments as it was given, of all tools that can be read."""
+    found: dict[str, Any] = {}
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if isinstance(function, Mapping):
+            name = function.get("name", function.get("name_for_model"))
+            found[str(name)] = function.get("parameters")
+    return found
 
 
 def argument_schemas(tools: Sequence[Any], choice: str) -> dict[str, str]:
@@ -152,16 +185,29 @@ def hermes_grammar(schemas: Mapping[str, str], *, parallel: bool, tags: tuple[st
 
     tags: the start and end tag, each as the grammar's own name for a token or as a quoted string.
     """
-    rules = [
-        # The breaks are what a model writes between a thought and what follows.
-        'start: /\\n{0,2}/ call ("\\n" call)*' if parallel else "start: /\\n{0,2}/ call",
-        f'call: {tags[0]} "\\n" ({" | ".join(f"call_{index}" for index in range(len(schemas)))}) "\\n" {tags[1]}',
-    ]
+    rules = grammar_start(len(schemas), parallel=parallel, tags=tags)
     for index, (name, schema) in enumerate(schemas.items()):
         opening = json.dumps(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ')
         rules.append(f'call_{index}: {opening} arguments_{index} "}}"')
-        rules.append(f"arguments_{index}: %json {schema}")
+        rules.append(f"arguments_{index}: {arguments_rule(name, schema)}")
     return "\n".join(rules) + "\n"
+
+
+def arguments_rule(name: str, schema: str) -> str:
+    """The right side of a rule of lark for the arguments of a tool. Raises ValueError naming the tool."""
+    try:
+        return f"%json {for_grammar(schema)}"
+    except ValueError as error:
+        raise ValueError(f"the parameters of the tool {name!r}: {error}") from None
+
+
+def grammar_start(num_calls: int, *, parallel: bool, tags: tuple[str, str]) -> list[str]:
+    """Lines of lark for an answer of calls in tags, each one of the rules call_0, call_1, ..."""
+    return [
+        # The breaks are what a model writes between a thought and what follows.
+        'start: /\\n{0,2}/ call ("\\n" call)*' if parallel else "start: /\\n{0,2}/ call",
+        f'call: {tags[0]} "\\n" ({" | ".join(f"call_{index}" for index in range(num_calls))}) "\\n" {tags[1]}',
+    ]
 
 
 def _refuse_constant(name: str) -> Any:
@@ -214,10 +260,24 @@ def _call(members: Mapping[str, str]) -> ToolCall | None:
     if not isinstance(name, str) or not name.strip():
         return None
     name.encode()
-    written = members.get("arguments", "null")
+    if any(key not in ("name", *ARGUMENTS) for key in members.keys() - _LABELS) or not _are_labels(members):
+        return None
+    written = [text for key in ARGUMENTS if (text := _object_text(members.get(key, "null"))) != "{}"]
+    if len(written) > 1 or None in written:
+        return None
+    return ToolCall(name, (written[0] if written else None) or "{}")
+
+
+def _are_labels(members: Mapping[str, str]) -> bool:
+    """Whether what beside name and arguments stands in a call are values that cannot be arguments."""
+    return all(not members.get(key, "null").startswith(("{", "[")) for key in _LABELS)
+
+
+def _object_text(written: str) -> str | None:
+    """The text of a JSON object; null is an empty one. None if it is none."""
     if written == "null":
-        return ToolCall(name, "{}")
+        return "{}"
     if written.startswith('"'):  # arguments as the text of an object: models write this too
         written = _DECODER.decode(written)
-    arguments = checked_arguments(written)
-    return None if arguments is None else ToolCall(name, arguments)
+    checked = checked_arguments(written)
+    return "{}" if checked is not None and checked[1:-1].strip(_BLANK) == "" else checked
