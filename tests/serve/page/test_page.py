@@ -328,3 +328,40 @@ def test_two_tabs_do_not_overwrite_each_other(site: Site, visit: VisitPage) -> N
     second.locator("#ask-yes").click()
     expect(first.locator(".bubble")).to_have_count(0)
     assert first.locator("#list .open").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("locale", "refused", "name"),
+    [("en-GB", "This key is not accepted.", "Enter the key"), ("zh-CN", "此密钥未被接受。", "")],
+)
+def test_a_wrong_key_is_said_and_its_field_shown_again(
+    site: Site, visit: VisitPage, locale: str, refused: str, name: str
+) -> None:
+    site.key = KEY
+    page = visit(locale=locale)
+    for wrong in ("wrong", "schlüssel", "密钥"):  # the last two fit into no header
+        page.locator("#key").fill(wrong)
+        page.locator("#key-form button").click()
+        expect(page.locator("#notice span")).to_have_text(refused)
+        expect(page.locator("#key")).to_be_visible()
+        expect(page.locator("#key")).to_be_focused()
+    if name:
+        expect(page.locator("#key-form button")).to_have_text(name)
+    page.locator("#key").fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#notice")).to_be_hidden()
+    expect(page.locator("#model")).to_have_value("tiny-qwen")
+
+
+@pytest.mark.parametrize("width", [1100, 390])
+def test_formulas_are_drawn(site: Site, visit: VisitPage, width: int) -> None:
+    page = visit(viewport={"width": width, "height": 760})
+    site.say(
+        "So \\(a_1*b*c", "\\) is $5 and \\[\\sum_{i=1}^n \\frac{1}{i^2}", "\\] and `$x$` <script>alert(1)</script>"
+    )
+    send(page, "Hello")
+    finished(page)
+    expect(page.locator(".md math")).to_have_count(2)
+    expect(page.locator(".md code")).to_have_text("$x$")
+    assert page.locator(".md math").evaluate_all("all => all.every((math) => math.getBoundingClientRect().height > 8)")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

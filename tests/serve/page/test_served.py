@@ -31,9 +31,8 @@ def test_talking_to_the_server(live_server: StartServer, browser: Browser, token
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(live.url)
-    page.get_by_role("button", name="Enter the key").click()
     page.locator("#key").fill(KEY)
-    page.get_by_role("button", name="Done").click()
+    page.get_by_role("button", name="Enter the key").click()
     until(page, "state.models.length === 1")
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Temperature").fill("0.5")

@@ -4,26 +4,48 @@
 const DEFAULTS = { model: "", temperature: "", top_p: "", top_k: "", max_tokens: "", seed: "", thinking: "" };
 const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 
-// An error with one sentence for people; `status` is 0 where no answer came.
+// An error with one sentence for people; `status` is 0 where no answer came. `refused`: who asks is not let in.
 class ApiError extends Error {
-  constructor(message, status = 0) {
+  constructor(message, status = 0, refused = false) {
     super(message);
     this.status = status;
+    this.refused = refused;
   }
 }
 
+let keyOfPage = ""; // where the browser keeps nothing
+
 function apiKey() {
   try {
-    return sessionStorage.getItem("qwenkit.key") ?? "";
+    return sessionStorage.getItem("qwenkit.key") ?? keyOfPage;
   } catch {
-    return "";
+    return keyOfPage;
   }
+}
+
+function keepKey(key) {
+  keyOfPage = key;
+  try {
+    if (key) sessionStorage.setItem("qwenkit.key", key);
+    else sessionStorage.removeItem("qwenkit.key");
+  } catch {}
+}
+
+// Every refusal of a request shows why, and the field for another key, whichever part of the page sent it.
+function refuse(key, status, error) {
+  let message = key ? t("wrongKey") : t("needsKey");
+  if (error?.code === "wrong_host") message = t("wrongHost", location.host);
+  else if (status === 403 && error?.message && (!key || error.code === "wrong_origin")) message = sentence(error.message);
+  askForKey(message);
+  return new ApiError(message, status, true);
 }
 
 async function request(path, body, signal) {
   const headers = {};
+  const key = apiKey();
+  if (/[^\x21-\x7e]/.test(key)) throw refuse(key, 401); // no header can hold it
   if (body !== undefined) headers["Content-Type"] = "application/json";
-  if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
+  if (key) headers.Authorization = `Bearer ${key}`;
   let response;
   try {
     response = await fetch(path, { method: body === undefined ? "GET" : "POST", headers, signal, body: body && JSON.stringify(body) });
@@ -33,7 +55,8 @@ async function request(path, body, signal) {
   }
   if (response.ok) return response;
   const answer = await response.json().catch(() => null);
-  throw new ApiError(response.status === 401 ? t("needsKey") : sentence(answer?.error?.message ?? t("status", response.status)), response.status);
+  if ([401, 403].includes(response.status)) throw refuse(key, response.status, answer?.error);
+  throw new ApiError(sentence(answer?.error?.message ?? t("status", response.status)), response.status);
 }
 
 // Errors of the API begin small and end without a point.
@@ -46,8 +69,8 @@ async function listModels() {
   return answer.data.map((model) => model.id);
 }
 
-async function renderMarkdown(text) {
-  return (await (await request("render", { text })).json()).html;
+async function renderMarkdown(text, partial) {
+  return (await (await request("render", { text, partial })).json()).html;
 }
 
 // The tools of a conversation as a list; [] if there are none; null if the text is no list of objects.

@@ -31,12 +31,33 @@ function wireDialogs() {
   }
 }
 
+// Says why a request was refused, with a field for another key. What is being typed into the field stays.
+function askForKey(message) {
+  const typing = $("key-form")?.contains(document.activeElement) ?? false;
+  notice(message, typing ? $("key-form") : keyForm());
+  $("key-wrong").textContent = apiKey() ? message : "";
+  const free = [null, document.body, $("input")].includes(document.activeElement) && !$("input").value;
+  if (typing) $("key").select();
+  else if (free && !document.querySelector("dialog[open]")) $("key").focus();
+}
+
+function keyForm() {
+  const field = h("input", { id: "key", type: "password", autocomplete: "off", spellcheck: "false", placeholder: t("apiKey"), "aria-label": t("apiKey") });
+  const submit = async (event) => {
+    event.preventDefault();
+    if (field.value.trim()) keepKey(field.value.trim());
+    field.focus();
+    if (await loadModels()) $("input").focus();
+  };
+  return h("form", { id: "key-form", on: { submit } }, field, h("button", { type: "submit", class: "text-button" }, t("enterKey")));
+}
+
 // Shows the settings of a conversation; `changed` is called after each change that is valid.
 function openSettings(conversation, changed) {
   const form = $("settings").querySelector("form");
   const fields = [...form.querySelectorAll("[name]")];
   const show = () => {
-    $("key").value = apiKey();
+    $("settings-key").value = apiKey();
     $("system").value = conversation.system;
     $("tools").value = conversation.tools;
     $("tools-section").open = conversation.tools !== "";
@@ -50,7 +71,10 @@ function openSettings(conversation, changed) {
   };
   form.onchange = (event) => {
     const field = event.target;
-    if (field.id === "key") return setKey(field.value.trim(), changed);
+    if (field.id === "settings-key") {
+      keepKey(field.value.trim());
+      return changed({ key: true });
+    }
     if (field.name && !field.reportValidity()) return;
     if (field.id === "system" || field.id === "tools") conversation[field.id] = field.value;
     else conversation.settings[field.name] = field.value;
@@ -66,14 +90,6 @@ function openSettings(conversation, changed) {
   };
   show();
   $("settings").showModal();
-}
-
-function setKey(key, changed) {
-  try {
-    if (key) sessionStorage.setItem("qwenkit.key", key);
-    else sessionStorage.removeItem("qwenkit.key");
-  } catch {}
-  changed({ key: true });
 }
 
 // Texts of the document itself: elements name them in data attributes.

@@ -8,7 +8,7 @@ const MAX_SAID = 2000; // characters of an answer that are read out without bein
 const act = {
   retry: (node) => answer(state.current, node.parent, node),
   again: (node) => answer(state.current, node.parent),
-  openKey: () => showSettings("key"),
+  openKey: () => showSettings("settings-key"),
   sendResults: (node) => answer(state.current, node.id),
 
   result(call, text) {
@@ -159,9 +159,12 @@ async function readAnew() {
   showConversation();
 }
 
-function notice(text) {
-  $("notice").textContent = text;
-  $("notice").hidden = !text;
+// One sentence above the field, "" for none, and what may be done about it.
+function notice(text, form = null) {
+  const area = $("notice");
+  if (!form?.isConnected) area.replaceChildren(h("span"), ...(form ? [form] : []));
+  area.firstChild.textContent = text;
+  area.hidden = !text;
 }
 
 // What runs.
@@ -231,18 +234,23 @@ async function answer(conversation, parent, failed = null) {
   showList();
 }
 
+// Asks for the models, which shows whether the key is accepted; false where no list came.
 async function loadModels() {
+  const wasRefused = $("key-form") !== null;
+  let done = true;
   try {
     state.models = await listModels();
     notice("");
+    $("key-wrong").textContent = "";
     // A model that was used last, but is not here.
     if (!state.current.nodes.length && !state.models.includes(state.current.settings.model)) state.current.settings.model = "";
   } catch (error) {
-    notice(error.message);
-    if (error.status === 401)
-      $("notice").append(" ", h("button", { type: "button", class: "text-button", on: { click: act.openKey } }, t("enterKey")));
+    done = false;
+    if (!error.refused) notice(error.message);
   }
-  showModels();
+  if (done && wasRefused && !state.running.has(state.current.id)) showConversation(); // its markdown may have been refused
+  else showModels();
+  return done;
 }
 
 // What buttons and keys do.
@@ -307,6 +315,7 @@ function wire() {
     remember("language", language);
     showTexts();
     showConversation();
+    if ($("key-form")) loadModels(); // says so in the other language
   };
   $("model").onchange = () => {
     state.current.settings.model = $("model").value;

@@ -28,10 +28,13 @@ class RenderRequest(RequestModel):
     """Markdown as a model wrote it, possibly cut anywhere."""
 
     text: str = Field(description=f"Markdown, at most {MAX_TEXT} characters.")
+    partial: bool = Field(
+        False, description="Whether more is to come: an open formula at the end is then shown as it is."
+    )
 
 
 class RenderAnswer(BaseModel):
-    """HTML without scripts, handlers, images or links of other kinds than http, https and mailto."""
+    """HTML without scripts, handlers, images or links of other kinds than http, https and mailto; formulas as MathML."""
 
     html: str
 
@@ -63,7 +66,9 @@ async def render(request: RenderRequest, http: Request) -> RenderAnswer:
     if getattr(state, "renderer", None) is None:  # the process starts with the first text
         state.renderer = Renderer()
     try:
-        return RenderAnswer(html=await state.renderer.html(request.text, caller.get().namespace))
+        return RenderAnswer(
+            html=await state.renderer.html(request.text, caller.get().namespace, partial=request.partial)
+        )
     except BusyError as error:
         raise ApiError(
             429, str(error), type="rate_limit_error", headers={"Retry-After": str(error.retry_after)}

@@ -55,32 +55,36 @@ const policy = window.trustedTypes?.createPolicy("qwenkit", { createHTML: (html)
 const rendered = new Map();
 const jobs = new WeakMap();
 
-async function htmlOf(text) {
-  let html = rendered.get(text);
+async function htmlOf(text, partial) {
+  const key = `${partial ? "…" : "."}${text}`;
+  let html = rendered.get(key);
   if (html === undefined) {
-    html = await renderMarkdown(text);
-    rendered.set(text, html);
+    html = await renderMarkdown(text, partial);
+    rendered.set(key, html);
     if (rendered.size > 64) rendered.delete(rendered.keys().next().value);
   }
   return html;
 }
 
-async function showMarkdown(element, text) {
+// While an answer is running, a formula that is open at its end is not yet markdown.
+async function showMarkdown(element, text, running) {
   const job = jobs.get(element) ?? { active: false };
   jobs.set(element, job);
   job.text = text;
+  job.partial = running && /[\\$]/.test(text);
   if (job.active) return;
   job.active = true;
   if (!element.firstChild) showPlain(element, text);
-  while (job.shown !== job.text) {
-    const wanted = job.text;
+  while (job.shown !== job.text || job.shownPartial !== job.partial) {
+    const { text: wanted, partial } = job;
     const started = performance.now();
     try {
-      patch(element, await htmlOf(wanted));
+      patch(element, await htmlOf(wanted, partial));
     } catch {
       showPlain(element, wanted);
     }
     job.shown = wanted;
+    job.shownPartial = partial;
     if (nearEnd) scrollToEnd();
     const pause = Math.max(150, 2 * (performance.now() - started));
     await new Promise((resolve) => setTimeout(resolve, pause));
@@ -152,12 +156,12 @@ function showAnswer(view, conversation, node, act, running) {
     thought.firstChild.textContent = running && !node.content ? t("thinkingNow") : t("thought");
     thought.lastChild.textContent = node.reasoning;
   }
-  if (node.content.trim()) showMarkdown(body, node.content);
+  if (node.content.trim()) showMarkdown(body, node.content, running);
   showCalls(calls, conversation, node, act, running);
   const empty = running && !node.content && !node.reasoning && !node.calls;
   view.classList.toggle("empty", empty);
   if (!running && node.error && !problem.firstChild) {
-    const key = node.error === t("needsKey");
+    const key = Object.values(TEXTS).some(({ needsKey, wrongKey }) => [needsKey, wrongKey].includes(node.error));
     problem.setAttribute("role", "alert");
     problem.append(h("p", {}, node.error), h("div", { class: "buttons" },
       key ? h("button", { type: "button", class: "text-button", on: { click: act.openKey } }, t("enterKey")) : null,

@@ -66,30 +66,30 @@ class Renderer:
         self._executor = FairExecutor(1, "render")  # one at a time: the pipes have no numbers
         self._spent = 0.0  # CPU seconds of the last text; written and read by the thread
 
-    async def html(self, text: str, key: str = "") -> str:
-        """Markdown to HTML, in the turn of the caller `key`; raises BusyError."""
+    async def html(self, text: str, key: str = "", *, partial: bool = False) -> str:
+        """Markdown to HTML (see render.render), in the turn of the caller `key`; raises BusyError."""
         self.budget.check(key)
         if self._waiting >= self.max_waiting or self._executor.num_waiting(key) >= MAX_WAITING_OF_KEY:
             raise BusyError(f"{self._waiting} texts wait to be rendered, no more are taken.")
         self._waiting += 1
         try:
-            html, spent = await self._executor.run(key, self._measured, text)
+            html, spent = await self._executor.run(key, self._measured, text, partial)
         finally:
             self._waiting -= 1
         self.budget.spend(key, spent)
         return str(html)
 
-    def _measured(self, text: str) -> tuple[str, float]:
+    def _measured(self, text: str, partial: bool) -> tuple[str, float]:
         self._spent = 0.0
-        return self.render(text), self._spent
+        return self.render(text, partial=partial), self._spent
 
-    def render(self, text: str) -> str:
+    def render(self, text: str, *, partial: bool = False) -> str:
         """What `html` does on its thread."""
         if len(text) > render.MAX_MARKDOWN:
             return render.plain(text)
         data = text.encode(errors="replace")
         for _ in range(2):  # a process that was found dead is replaced once
-            answer, late = exchange_within(self._running(), data, self.timeout)
+            answer, late = exchange_within(self._running(), data, self.timeout, partial)
             if answer is not None:
                 self._spent = answer[1]
                 return answer[0].decode()
@@ -122,7 +122,7 @@ class Renderer:
 
 
 def exchange_within(
-    process: subprocess.Popen[bytes], data: bytes, seconds: float
+    process: subprocess.Popen[bytes], data: bytes, seconds: float, partial: bool = False
 ) -> tuple[tuple[bytes, float] | None, bool]:
     """`exchange` with a process that is killed if it takes longer than `seconds`; the answer, and True if it did."""
     late = threading.Event()
@@ -135,17 +135,17 @@ def exchange_within(
     timer.daemon = True
     timer.start()
     try:
-        return exchange(process, data), late.is_set()
+        return exchange(process, data, partial), late.is_set()
     finally:
         timer.cancel()
 
 
-def exchange(process: subprocess.Popen[bytes], data: bytes) -> tuple[bytes, float] | None:
+def exchange(process: subprocess.Popen[bytes], data: bytes, partial: bool = False) -> tuple[bytes, float] | None:
     """One text in; its HTML and the CPU seconds it took, or None if the process ended."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        process.stdin.write(len(data).to_bytes(8, "little") + data)
+        process.stdin.write(partial.to_bytes(1, "little") + len(data).to_bytes(8, "little") + data)
         process.stdin.flush()
     except OSError:
         return None
