@@ -198,7 +198,6 @@ def test_ids_and_headers_of_answers(live_server: StartServer) -> None:
         ("DELETE", "/v1/models", None, 405, "method_not_allowed"),
         ("GET", "/v1/models/other", None, 404, "model_not_found"),
         ("POST", "/v1/load_lora_adapter", b'{"lora_name": "a"}', 400, "missing_required_parameter"),
-        ("POST", "/v1/load_lora_adapter", b'{"lora_name": "a", "lora_path": "b", "odd": 1}', 400, "unknown_parameter"),
         ("POST", "/v1/load_lora_adapter", b'{"lora_name": ', 400, "bad_json"),
         ("POST", "/v1/load_lora_adapter", b'{"lora_name": NaN, "lora_path": "b"}', 400, "bad_json"),
         ("POST", "/v1/load_lora_adapter", b'{"lora_name": 1e999, "lora_path": "-Infinity"}', 400, "invalid_value"),

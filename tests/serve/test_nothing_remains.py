@@ -130,7 +130,7 @@ def shapes(adapter: str) -> list[tuple[str, dict[str, Any], set[int], int | None
         ("/v1/chat/completions", chat | shaped, {200}, None),
         ("/v1/chat/completions", chat | long, gone, 3),
         ("/v1/chat/completions", chat | long | {"n": 4, "model": adapter}, gone, 0),
-        ("/v1/chat/completions", chat | {"temprature": 1}, {400}, None),
+        ("/v1/chat/completions", chat | {"thinking_budget": 1}, {400}, None),
         ("/v1/completions", text | {"stop": ["\n", "never"], "temperature": 1.0, "seed": 3}, {200}, None),
         ("/v1/completions", text | {"prompt": ["a", "b", "c"], "echo": True}, {200}, None),
         ("/v1/completions", text | {"guided_regex": "[ab]{2}", "stream": True}, {200}, None),

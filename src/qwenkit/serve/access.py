@@ -11,6 +11,7 @@ import ipaddress
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -164,8 +165,13 @@ class Gate:
     def _check_origin(self, headers: Headers) -> None:
         """Without keys, being on this machine is what gives access; a page of a foreign site in a browser here has it not."""
         host = _host_of(headers.get("host", ""))
-        if host and not _is_here(host, self.config.host):
-            raise ApiError(403, f"host {host!r} is not a name of this server", "permission_error", code="wrong_host")
+        if host and not _is_here(host, (self.config.host, *self.config.allowed_host)):
+            raise ApiError(
+                403,
+                f"host {host[:100]!r} is not a name of this server: start it with --allowed-host {host[:100]}, or with --api-key",
+                "permission_error",
+                code="wrong_host",
+            )
         origin = headers.get("origin")
         if origin is None or origin in self.config.cors_origin:
             return
@@ -242,9 +248,9 @@ def _host_of(header: str) -> str:
         return "?"
 
 
-def _is_here(host: str, configured: str) -> bool:
-    """Whether a Host header names this server in a way that no foreign name server decides about."""
-    if host in ("localhost", configured.lower()) or host.endswith(".localhost"):
+def _is_here(host: str, allowed: Sequence[str]) -> bool:
+    """Whether a Host header names this server in a way that no foreign name server decides about, or is allowed."""
+    if host == "localhost" or host.endswith(".localhost") or host in map(str.lower, allowed):
         return True
     try:
         ipaddress.ip_address(host)

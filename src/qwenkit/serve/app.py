@@ -50,7 +50,7 @@ def create_app(server: Server, *, keys: Keys | None = None, tracing: Tracing | N
                 allow_origins=config.cors_origin,
                 allow_methods=("GET", "POST", "DELETE"),
                 allow_headers=("*",),
-                expose_headers=("x-request-id", "retry-after"),
+                expose_headers=("x-request-id", "x-ignored-fields", "retry-after"),
             )
         )
     keys = keys or Keys.of(config, os.environ)
@@ -66,7 +66,7 @@ def create_app(server: Server, *, keys: Keys | None = None, tracing: Tracing | N
     )
     app.state.server = server
     app.state.keys = keys
-    app.state.bodies = BodyReader(server.max_model_len)
+    app.state.bodies = BodyReader(server.max_model_len, strict=config.strict)
     app.state.tracing = tracing
     install_handlers(app)
     for name in ROUTERS:

@@ -8,14 +8,17 @@ with more fields or values than any valid request has is refused by counting the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine
-from itertools import islice
-from typing import Any, TypeVar
+import logging
+import re
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, from_json
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
@@ -27,34 +30,130 @@ from qwenkit.serve.executor import FairExecutor
 INLINE_BYTES = 16_384  # longest body that is parsed on the event loop
 MAX_FIELDS = 100_000  # objects, lists and fields of objects in one body
 MIN_VALUES = 400_000  # items of lists and fields of objects, in a model whose context is shorter than that
-MAX_UNKNOWN = 16  # unknown fields of one object that are reported
+MAX_UNKNOWN = 16  # unknown fields that are named
+MAX_NAME = 64  # characters of the name of one
+IGNORED_HEADER = "x-ignored-fields"
+
+MAX_LOGGED = 256  # lines in the log about such fields
 
 _CHUNK = 1 << 18  # bytes whose structure is counted at a time
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _COMMA, _COLON, _BRACKET, _BRACE = map(ord, ",:[{")
 
-M = TypeVar("M", bound=BaseModel)
+M = TypeVar("M", bound="RequestModel")
+
+log = logging.getLogger("qwenkit.serve")
 
 
 class RequestModel(BaseModel):
-    """Base of all JSON bodies: unknown fields are errors, and no value is converted to another type.
+    """Base of all JSON bodies and of the objects in them.
 
-    One wrong object gives at most MAX_UNKNOWN errors for unknown fields. Lists of subclasses must be declared with `fail_fast`
-    and dictionaries of typed values with `at_most`, so that a body gives few errors however long it is.
+    null is a missing field, unknown fields are left out, and no value is converted to another type (but see `Whole`). Lists of
+    subclasses must be declared with `fail_fast` and dictionaries of typed values with `at_most`, so that a body gives few errors
+    however long it is.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), frozen=True)
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=(), frozen=True)
+
+    UNSUPPORTED: ClassVar[Mapping[str, Unsupported]] = {}
+    """Fields that a body may have at its top, but only with a value that asks for nothing."""
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a body may have at its top, with any value."""
 
     @model_validator(mode="before")
     @classmethod
-    def _few_unknown(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or len(value) <= MAX_UNKNOWN:
-            return value
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        if len(value) <= len(known) or cls.model_config.get("extra") != "forbid":
-            return value
-        unknown = islice((name for name in value if name not in known), MAX_UNKNOWN)
-        return {name: value[name] for name in known if name in value} | {name: value[name] for name in unknown}
+    def _without_nulls(cls, value: Any) -> Any:
+        return without_nulls(value)
+
+    @classmethod
+    def simplify(cls, body: dict[str, Any], left_out: LeftOut) -> dict[str, Any]:
+        """The body in the fields and forms of this model. What cannot be obeyed goes into `left_out`. Raises ApiError 400."""
+        names = _field_names(cls)
+        for name in body.keys() - names:
+            unsupported = cls.UNSUPPORTED.get(name)
+            if unsupported is not None:
+                unsupported.check(name, body[name])
+            elif name not in cls.WITHOUT_EFFECT:
+                left_out.add(name)
+        return {name: value for name, value in body.items() if name in names}
+
+
+def without_nulls(value: Any) -> Any:
+    """A JSON object without the members that are null; other values as they are."""
+    if isinstance(value, dict) and any(item is None for item in value.values()):
+        return {name: item for name, item in value.items() if item is not None}
+    return value
+
+
+@cache
+def _field_names(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A field of other servers that would change the answer, in a way that is not offered here.
+
+    instead: a sentence that says what to use. neutral: values that ask for nothing; false and empty ones do too, unless
+    `falsy` says that they ask for something.
+    """
+
+    instead: str
+    neutral: tuple[Any, ...] = ()
+    falsy: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ApiError 400 for a value that asks for what is not offered."""
+        if value in self.neutral or (not self.falsy and value in (False, 0, "", [], {})):
+            return
+        raise ApiError(400, f"{name} is not supported: {self.instead}", param=name, code="unsupported_parameter")
+
+
+class LeftOut:
+    """Parts of a request that are not obeyed and do no harm: told in a header and in the log, refused under --strict."""
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self._strict = strict
+        self._names: set[str] = set()
+
+    def add(self, name: str) -> None:
+        """Note a field by its name or dotted path."""
+        self._names.add(re.sub(r"[^\x21-\x2b\x2d-\x7e]", "?", name[:MAX_NAME]))
+
+    @property
+    def names(self) -> list[str]:
+        """The first MAX_UNKNOWN names, fit for a header."""
+        return sorted(self._names)[:MAX_UNKNOWN]
+
+    def header(self) -> str:
+        """The names as the value of a header; empty if nothing was left out."""
+        return ", ".join(self.names + ["..."] * (len(self._names) > MAX_UNKNOWN))
+
+    def check(self) -> None:
+        """Raises ApiError 400, naming what was left out, under --strict."""
+        names = self.names
+        if self._strict and names:
+            raise ApiError(
+                400,
+                f"unknown field{'s' * (len(names) > 1)}: {', '.join(names)}",
+                param=names[0],
+                code="unknown_parameter",
+            )
+
+
+def whole(value: Any) -> Any:
+    """A float without a fraction as the integer that it is."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) < 2**63 else value
+
+
+Whole = Annotated[int, BeforeValidator(whole, json_schema_input_type=int)]
+"""An integer field: 256.0 is 256, as programs write whole numbers that have no integers."""
+
+
+def at_most_minus_one(value: Any) -> Any:
+    """-1, which other servers take for no limit, as a missing field."""
+    value = whole(value)
+    return None if value == -1 and not isinstance(value, bool) else value
 
 
 def at_most(number: int) -> Callable[[Any], Any]:
@@ -79,8 +178,11 @@ class JsonRoute(APIRoute):
             return handler
 
         async def handle(request: Request) -> Response:
-            body = await reader_of(request.app).read(request, model)
-            return await handler(_ReadRequest(request.scope, request.receive, body))
+            body, ignored = await reader_of(request.app).read(request, model)
+            response = await handler(_ReadRequest(request.scope, request.receive, body))
+            if ignored:
+                response.headers[IGNORED_HEADER] = ignored
+            return response
 
         return handle
 
@@ -110,15 +212,23 @@ def _model_of(endpoint: Callable[..., Any]) -> type[RequestModel] | None:
 
 
 class BodyReader:
-    """Reads the JSON bodies of one app, whose `app.state.bodies` it is. `max_prompt`: token ids of the longest valid prompt."""
+    """Reads the JSON bodies of one app, whose `app.state.bodies` it is.
 
-    def __init__(self, max_prompt: int = 0) -> None:
+    max_prompt: token ids of the longest valid prompt. strict: refuse what is otherwise left out.
+    """
+
+    def __init__(self, max_prompt: int = 0, *, strict: bool = False) -> None:
         self.max_values = max(MIN_VALUES, max_prompt) + MAX_FIELDS  # items of lists and fields of objects
+        self._strict = strict
+        self._logged: set[tuple[str, str]] = set()
         # One thread: parser and validator keep the interpreter lock, and two of them would keep it from the event loop.
         self._executor = FairExecutor(1, "bodies")
 
-    async def read(self, request: Request, model: type[M]) -> M:
-        """The body as `model`. Raises ApiError: 415 for another content type, 400 for what is not JSON or not valid."""
+    async def read(self, request: Request, model: type[M]) -> tuple[M, str]:
+        """The body as `model`, and the names of what was left out of it as text.
+
+        Raises ApiError: 415 for another content type, 400 for what is not JSON or not valid.
+        """
         try:
             data = await request.body()
         except ClientDisconnect:
@@ -129,10 +239,21 @@ class BodyReader:
         if not _is_json(given):
             sentence = f"the header Content-Type is {given[:100]}, allowed is application/json"
             raise ApiError(415, sentence, code="unsupported_media_type")
+        left_out = LeftOut(strict=self._strict)
+        parsed: M
         if len(data) <= INLINE_BYTES:
-            return parse(data, model, self.max_values)
-        parsed: M = await self._executor.run(caller.get().namespace, parse, data, model, self.max_values)
-        return parsed
+            parsed = parse(data, model, self.max_values, left_out)
+        else:
+            parsed = await self._executor.run(caller.get().namespace, parse, data, model, self.max_values, left_out)
+        self._tell(request.url.path, left_out)
+        return parsed, left_out.header()
+
+    def _tell(self, path: str, left_out: LeftOut) -> None:
+        """Log once for each name and path what is not obeyed."""
+        new = [name for name in left_out.names if (path, name) not in self._logged]
+        if new and len(self._logged) < MAX_LOGGED:
+            self._logged.update((path, name) for name in new)
+            log.warning("requests to %s have fields that are not known and are left out: %s", path, ", ".join(new))
 
 
 def reader_of(app: FastAPI) -> BodyReader:
@@ -144,13 +265,18 @@ def reader_of(app: FastAPI) -> BodyReader:
     return reader
 
 
-def parse(data: bytes, model: type[M], values: int) -> M:
-    """JSON as `model`. Raises ApiError 400, with the first few things that are wrong."""
-    value = strict_json(data, values)
+def parse(data: bytes, model: type[M], values: int, left_out: LeftOut | None = None) -> M:
+    """JSON as `model`; what is not obeyed goes into `left_out`. Raises ApiError 400, with the first few things that are wrong."""
+    value = without_nulls(strict_json(data, values))
+    left_out = LeftOut() if left_out is None else left_out
+    if isinstance(value, dict):
+        value = model.simplify(value, left_out)
     try:
-        return model.model_validate(value)
+        parsed = model.model_validate(value)
     except ValidationError as error:
         raise refusal(error.errors(include_url=False)) from None
+    left_out.check()
+    return parsed
 
 
 def strict_json(data: bytes, values: int) -> Any:

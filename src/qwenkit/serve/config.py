@@ -11,6 +11,11 @@ from qwenkit.engine.config import option
 from qwenkit.settings import parse_size
 
 LOG_FORMATS = ("text", "json")
+REASONING_FIELDS = {
+    "reasoning_content": ("reasoning_content",),
+    "reasoning": ("reasoning",),
+    "both": ("reasoning_content", "reasoning"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,10 @@ class ServeConfig:
     allow_no_key: bool = option(False, "listen on other than loopback addresses without a key")
     tls_cert: str | None = option(None, "certificate file (PEM); serves https")
     tls_key: str | None = option(None, "key file (PEM) of the certificate")
+    allowed_host: tuple[str, ...] = option(
+        (), "name in the Host header by which this server may be called without a key (may be given several times)"
+    )
+    strict: bool = option(False, "refuse unknown fields of requests, which are else left out and told")
     cors_origin: tuple[str, ...] = option((), "web origin that may call from a browser (may be given several times)")
     lora: tuple[str, ...] = option((), "adapter to serve, as NAME=FOLDER (may be given several times)")
     max_queued: int = option(512, "requests that may wait; more are refused with 429")
@@ -41,6 +50,9 @@ class ServeConfig:
     max_grammar: str = option("64KiB", "longest schema, pattern or grammar")
     grammar_timeout: float = option(5.0, "seconds that a grammar may take to compile")
     max_tools: int = option(128, "most tools in one request")
+    reasoning_field: str = option(
+        "reasoning_content", "field of streamed chat deltas for the thought: reasoning_content, reasoning or both"
+    )
     max_logprobs: int = option(20, "most likeliest tokens reported beside each token")
     stall_timeout: float = option(60.0, "seconds in one step of the engine after which /health says 503")
     drain_timeout: float = option(30.0, "seconds that running requests get to finish when the server is told to stop")
@@ -89,8 +101,16 @@ class ServeConfig:
             self.bytes_of(name)
         if self.log_format not in LOG_FORMATS:
             raise ValueError(f"log_format is {self.log_format!r}, allowed are {', '.join(LOG_FORMATS)}")
+        if self.reasoning_field not in REASONING_FIELDS:
+            allowed = ", ".join(REASONING_FIELDS)
+            raise ValueError(f"reasoning_field is {self.reasoning_field!r}, allowed are {allowed}")
         if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):
             raise ValueError(f"metrics_prefix is {self.metrics_prefix!r}, allowed are letters, digits and _")
+        for name in self.allowed_host:
+            if not re.fullmatch(r"[A-Za-z0-9.\-]{1,253}", name):
+                raise ValueError(
+                    f"allowed_host is {name!r}, allowed is the name of a host such as host.docker.internal"
+                )
         for origin in self.cors_origin:
             if not re.fullmatch(r"https?://[^/\s*]+|null", origin):
                 raise ValueError(f"cors_origin is {origin!r}, allowed is an origin such as https://chat.example.org")

@@ -86,10 +86,12 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        anthropic_message: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.anthropic_message = anthropic_message  # where Anthropic's clients look for other words
         self.type = type
         self.param = param
         self.code = code
@@ -99,7 +101,7 @@ class ApiError(Exception):
         """The JSON body; `path` is the request's, which decides between OpenAI's shape and Anthropic's."""
         if is_anthropic(path):
             kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-            told = {"type": kind, "message": self.message}
+            told = {"type": kind, "message": self.anthropic_message or self.message}
             return {"type": "error", "error": told, "request_id": caller.get().request_id or None}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
@@ -108,19 +110,31 @@ class ApiError(Exception):
 
 
 def context_too_long(num_prompt: int, num_answer: int, max_model_len: int, param: str = "messages") -> ApiError:
-    """400 for a prompt (and the answer asked for, 0: any) that the context cannot hold; the sentence has all numbers."""
-    return _too_long(f"the prompt is {num_prompt} tokens long", num_answer, max_model_len, param)
+    """400 for a prompt, or a prompt and the answer asked for (0: any), that the context cannot hold."""
+    if num_prompt < max_model_len:
+        sentence = (
+            f"This model's maximum context length is {max_model_len} tokens, but the prompt has {num_prompt} tokens and "
+            f"{num_answer} were asked for as the answer"
+        )
+        return ApiError(400, sentence, param=param, code="context_length_exceeded")
+    return _too_long(f"{num_prompt} tokens", num_answer, max_model_len, param)
 
 
 def text_too_long(size: str, max_model_len: int, param: str) -> ApiError:
     """400 for a text that is not tokenized, or not to its end; `size` says how long it is at least."""
-    return _too_long(f"the prompt is {size} long", 0, max_model_len, param)
+    return _too_long(size, 0, max_model_len, param)
 
 
-def _too_long(prompt: str, num_answer: int, max_model_len: int, param: str) -> ApiError:
-    asked = f" and {num_answer} tokens were asked for as the answer" if num_answer else ""
-    sentence = f"{prompt}{asked}, but the model's context is {max_model_len} tokens for both"
-    return ApiError(400, sentence, param=param, code="context_length_exceeded")
+def _too_long(size: str, num_answer: int, max_model_len: int, param: str) -> ApiError:
+    """The words by which clients decide to shorten a conversation: LiteLLM's and LangChain's of both APIs."""
+    asked = f" and {num_answer} were asked for as the answer" if num_answer else ""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {max_model_len} tokens and the prompt is too long: it has {size}{asked}",
+        param=param,
+        code="context_length_exceeded",
+        anthropic_message=f"prompt is too long: {size} > {max_model_len - 1} maximum",
+    )
 
 
 def client_gone() -> ApiError:
@@ -166,15 +180,7 @@ def _on_validation(request: Request, error: Exception) -> JSONResponse:
 
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """400 from pydantic's list of errors: unknown fields by name, else the first thing wrong."""
-    # The last word is what the client wrote, whatever it looks like; a union tells it once for each branch.
-    found = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
-    unknown = list(dict.fromkeys(".".join(filter(None, (_path(loc[:-1]), str(loc[-1])[:100]))) for loc in found))
-    if unknown:
-        names = ", ".join(unknown[:20])
-        return ApiError(
-            400, f"unknown field{'s' * (len(unknown) > 1)}: {names}", param=unknown[0], code="unknown_parameter"
-        )
+    """400 from pydantic's list of errors: the first thing that is wrong."""
     first = errors[0]
     param = _path(first["loc"]) or None
     message = str(first["msg"])[:_MAX_MESSAGE]

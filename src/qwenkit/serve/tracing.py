@@ -13,6 +13,8 @@ from typing import Any
 
 from starlette.types import Scope
 
+from qwenkit.installation import install_extra
+
 
 class Span:
     """What happened in one request. This one forgets it."""
@@ -55,7 +57,7 @@ class OtlpTracing(Tracing):
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"otlp_endpoint needs the extra telemetry: pip install 'qwenkit[telemetry]' ({error})"
+                f"otlp_endpoint needs the extra telemetry: {install_extra('telemetry')} ({error})"
             ) from None
         self._trace, self._extract = trace, propagate.extract
         self._provider = TracerProvider(resource=Resource.create({"service.name": "qwenkit"}))

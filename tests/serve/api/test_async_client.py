@@ -179,9 +179,10 @@ def test_errors(live_server: StartServer) -> None:
     async def use(client: openai.AsyncOpenAI) -> None:
         with pytest.raises(openai.NotFoundError, match="other"):
             await client.chat.completions.create(model="other", messages=HI)
-        with pytest.raises(openai.BadRequestError, match="temprature"):
-            await client.chat.completions.create(model="tiny", messages=HI, extra_body={"temprature": 1})
-        with pytest.raises(openai.BadRequestError, match="context"):
-            await client.chat.completions.create(model="tiny", messages=HI, max_tokens=10**6)
+        with pytest.raises(openai.BadRequestError, match="thinking_budget"):
+            await client.chat.completions.create(model="tiny", messages=HI, extra_body={"thinking_budget": 1})
+        long: Any = [{"role": "user", "content": "x" * 5000}]
+        with pytest.raises(openai.BadRequestError, match="maximum context length is"):
+            await client.chat.completions.create(model="tiny", messages=long)
 
     with_client(live, use)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -345,7 +346,10 @@ def test_deltas_add_up(shared_thinker: LiveServer, script: str) -> None:
             else:
                 message["tool_calls"][call["index"]]["arguments"] += call["function"]["arguments"]
     expected = whole["message"]
-    assert message["content"] == (expected["content"] or "")
-    assert message["reasoning_content"] == (expected.get("reasoning_content") or "")
+    texts = [[one.get(name) or "" for name in ("reasoning_content", "content")] for one in (message, expected)]
+    if re.match(r"(?s)(?:(?!<think>|<tool_call>).)*</think>", script):
+        # A thought without an opening tag: in a stream it was content before that was known.
+        texts = [["".join("".join(one).split())] for one in texts]
+    assert texts[0] == texts[1]
     assert message["tool_calls"] == [call["function"] for call in expected.get("tool_calls", ())]
     assert finish_reason == whole["finish_reason"]

@@ -125,10 +125,8 @@ def test_stop_and_stream(live_server: StartServer, connect: Connect) -> None:
         ({"prompt": ["x"] * 65}, ["prompt", "65", "64"]),
         ({"logprobs": 21}, ["logprobs", "20"]),
         ({"logprobs": True}, ["logprobs"]),
-        ({"max_tokens": -1}, ["max_tokens"]),
-        ({"max_tokens": 4096}, ["4096"]),
+        ({"max_tokens": -2}, ["max_tokens"]),
         ({"prompt": "x" * 5000}, ["5000", "4096"]),
-        ({"messages": []}, ["messages"]),
         ({"stream": True, "prompt_logprobs": 1}, ["prompt_logprobs"]),
     ],
     ids=str,
@@ -165,3 +163,10 @@ def test_a_client_that_leaves_ends_every_prompt(live_server: StartServer, connec
     stream.close()
     wait_until(lambda: not live.engine.has_work)
     assert sorted(live.engine.aborted) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("given", "room"), [(-1, 4095), (4096, 4095), (7.0, 7), (None, 16)])
+def test_the_longest_answer(live_server: StartServer, given: Any, room: int) -> None:
+    live = live_server()
+    assert live.post("/v1/completions", {"prompt": "x", "max_tokens": given}).status_code == 200
+    assert live.engine.asked[-1].params.max_tokens == room

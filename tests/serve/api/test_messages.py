@@ -231,13 +231,17 @@ def test_counting_tokens(live_server: StartServer, hermes: JinjaChat) -> None:
 REFUSED: Any = [
     ({"max_tokens": 0}, anthropic.BadRequestError, "max_tokens"),
     ({"model": "gpt"}, anthropic.NotFoundError, "'gpt' is not served here"),
-    ({"messages": [{"role": "user", "content": "x" * 5000}]}, anthropic.BadRequestError, "context is 4096 tokens"),
+    (
+        {"messages": [{"role": "user", "content": "x" * 5000}]},
+        anthropic.BadRequestError,
+        "prompt is too long: 5019 tokens > 4095",
+    ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},
         anthropic.BadRequestError,
         "an image was given, but this model reads only text",
     ),
-    ({"extra_body": {"top_a": 1}}, anthropic.BadRequestError, "unknown field: top_a"),
+    ({"extra_body": {"thread": {"type": "create"}}}, anthropic.BadRequestError, "thread is not supported"),
     ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "tools is empty"),
     ({"stop_sequences": [str(n) for n in range(99)]}, anthropic.BadRequestError, "stop_sequences: 99 is more than"),
 ]

@@ -52,10 +52,7 @@ def test_thinking(thinking: Any, expected: Any) -> None:
 
 def test_sampling_and_user() -> None:
     found = fields(temperature=0.5, top_p=0.9, top_k=7, stop_sequences=["END"], metadata={"user_id": "u1"}, stream=True)
-    assert (
-        found.items()
-        >= {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "stop": ["END"], "user": "u1", "stream": True}.items()
-    )
+    assert found.items() >= {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "stop": ["END"], "stream": True}.items()
 
 
 def test_system_as_text_as_blocks_and_among_the_messages() -> None:
@@ -150,7 +147,6 @@ def test_counting_needs_no_max_tokens() -> None:
     [
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "an image was given"),
         ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]}, "only text"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "'web_search_20250305' is not available"),
     ],
 )
 def test_what_a_text_model_cannot_read_is_refused_in_one_sentence(changes: dict[str, Any], words: str) -> None:
@@ -173,9 +169,8 @@ def test_images_in_results_of_tools_are_refused() -> None:
         ({"messages": []}, "messages"),
         ({"temperature": 3}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"n": 2}, "n"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking"),
-        ({"stop_sequences": "END"}, "stop_sequences"),
+        ({"thinking": {"type": "sometimes"}}, "thinking"),
+        ({"stop_sequences": [1]}, "stop_sequences"),
     ],
 )
 def test_fields_out_of_bounds_or_unknown(changes: dict[str, Any], place: str) -> None:
@@ -190,10 +185,6 @@ def test_fields_out_of_bounds_or_unknown(changes: dict[str, Any], place: str) ->
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name is needed"),
         ({"messages": [{"role": "system", "content": "x"}]}, "only system messages"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "zz"}]}]},
-            "tool_use_id 'zz', but no earlier",
-        ),
-        (
             {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}]},
             "thinking block, which belongs to the assistant",
         ),
@@ -206,3 +197,10 @@ def test_fields_out_of_bounds_or_unknown(changes: dict[str, Any], place: str) ->
 def test_contradictions(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         chat_fields(MessagesRequest.model_validate(HELLO | changes))
+
+
+def test_a_result_without_its_call_is_shown() -> None:
+    (message,) = fields(messages=[{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "zz"}]}])[
+        "messages"
+    ]
+    assert message == {"role": "tool", "tool_call_id": "zz", "name": None, "content": ""}

@@ -137,7 +137,7 @@ def test_a_named_tool_is_called(live: LiveServer, connect: Connect, name: str) -
         logit_bias=bias,
     )
     (choice,) = answer.choices
-    assert choice.finish_reason == "tool_calls"
+    assert choice.finish_reason == "stop"  # the call that was asked for is the answer
     assert choice.message.tool_calls is not None
     (call,) = choice.message.tool_calls
     assert call.type == "function"
@@ -193,7 +193,6 @@ def test_the_client_parses_into_its_own_types(thinking_server: Callable[..., Liv
         ({"guided_grammar": "start: missing"}, "guided_grammar"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
-        ({"structured_outputs": {"xml": 1}}, "structured_outputs.xml"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
             "response_format",

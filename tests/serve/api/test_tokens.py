@@ -58,7 +58,7 @@ def test_a_conversation_is_what_chat_reads(thinking_server: Callable[..., LiveSe
         ("/tokenize", {}, 400),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, 400),
         ("/tokenize", {"prompt": 5}, 400),
-        ("/tokenize", {"prompt": "a", "x": 1}, 400),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": 1}, 400),
         ("/tokenize", {"prompt": "a", "model": "nope"}, 404),
         ("/detokenize", {}, 400),
         ("/detokenize", {"tokens": [-1]}, 400),

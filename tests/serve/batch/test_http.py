@@ -193,7 +193,6 @@ def test_limits(live_server: StartServer) -> None:
         ({"window": "31d"}, "completion_window"),
         ({"endpoint": "/v1/embeddings"}, "endpoint"),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
-        ({"extra_body": {"colour": "red"}}, "colour"),
     ],
 )
 def test_bad_batches(live_server: StartServer, settings: dict[str, Any], param: str) -> None:

@@ -7,7 +7,7 @@ that the deltas of a stream add up to the answer that is not streamed.
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -18,8 +18,9 @@ from qwenkit.engine.request import Delta
 from qwenkit.serve.api.prepare import Prepared, events, prepare
 from qwenkit.serve.api.protocol import ChatRequest
 from qwenkit.serve.api.reply import Frame, Usage, chat_logprob, prompt_logprobs, visible_logprobs
-from qwenkit.serve.api.stream import DONE, EventStream
+from qwenkit.serve.api.stream import COMMENT, DONE, STREAMED, EventStream, Silence
 from qwenkit.serve.body import JsonRoute
+from qwenkit.serve.config import REASONING_FIELDS
 from qwenkit.serve.server import Server, the_server
 from qwenkit.text.answer import AnswerEvent
 from qwenkit.text.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ router = APIRouter(route_class=JsonRoute)
 Step = tuple[int, list[AnswerEvent], Delta]
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=STREAMED)
 async def chat_completions(
     body: ChatRequest, http: Request, server: Annotated[Server, Depends(the_server)]
 ) -> Response:
@@ -39,7 +40,8 @@ async def chat_completions(
     think_end_id = None if server.answer_format is None else server.answer_format.think_end_id
     usage = Usage(len(prepared.prompt_ids), think_end_id)
     thinks = server.answer_format is not None and server.answer_format.thinks
-    choices = [Choice(index, server.tokenizer, prepared, body, thinks) for index in range(prepared.params.n)]
+    fields = REASONING_FIELDS[server.config.reasoning_field] if thinks else ()
+    choices = [Choice(index, server.tokenizer, prepared, body, fields) for index in range(prepared.params.n)]
     steps = events(server, prepared, http)
     if body.stream:
         first = await anext(steps)  # what is refused before it is a status, not an event
@@ -67,6 +69,7 @@ async def _chunks(
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream: for each answer the role, its pieces, its end; then the usage and [DONE]."""
     prompt_ids = {"prompt_token_ids": prepared.prompt_ids} if body.return_token_ids else {}
+    silence = Silence()
     async with aclosing(steps):  # type: ignore[type-var]
         step: Step | None = first
         while step is not None:
@@ -74,9 +77,10 @@ async def _chunks(
             usage.count(index, found, delta)
             choice = choices[index]
             chunk = b"" if choice.started else frame.chunk(choice.opening() | prompt_ids, usage)
-            piece = choice.piece(found, delta)
-            if piece is not None:
+            for piece in choice.pieces(found, delta):
                 chunk += frame.chunk(piece, usage)
+            if silence.breaks(bool(chunk)):
+                chunk = COMMENT
             if chunk:
                 yield chunk
             step = await anext(steps, None)
@@ -87,17 +91,19 @@ class Choice:
     """One answer as it grows, in OpenAI's words."""
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, prepared: Prepared, body: ChatRequest, thinks: bool = False
+        self, index: int, tokenizer: Tokenizer, prepared: Prepared, body: ChatRequest, fields: Sequence[str] = ()
     ) -> None:
         self.index = index
         # Clients of models that think read the field of every message and delta, thought or not.
-        self._thought: dict[str, Any] = {"reasoning_content": None} if thinks else {}
+        self._thought: dict[str, Any] = {"reasoning_content": None} if fields else {}
+        self._fields = fields or ("reasoning_content",)  # of the thought in a delta
+        self._named = prepared.tools.named
         self.started = False
         self._tokenizer = tokenizer
         self._legacy = prepared.tools.legacy
         self._wants_ids = bool(body.return_token_ids)
         self._wants_logprobs = bool(body.logprobs)
-        self._own_stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        self._own_stops = body.stop or []
         self._texts: dict[str, list[str]] = {"content": [], "reasoning": []}
         self._calls: list[dict[str, Any]] = []
         self._logprobs: list[dict[str, Any]] = []
@@ -139,10 +145,10 @@ class Choice:
     def opening(self) -> dict[str, Any]:
         """The first piece, which says who speaks."""
         self.started = True
-        return self._choice({"role": "assistant", "content": ""} | self._thought)
+        return self._choice({"role": "assistant", "content": ""} | self._nothing)
 
-    def piece(self, found: Sequence[AnswerEvent], delta: Delta) -> dict[str, Any] | None:
-        """The streamed choice of a step; None while there is nothing to tell."""
+    def pieces(self, found: Sequence[AnswerEvent], delta: Delta) -> Iterator[dict[str, Any]]:
+        """The streamed choices of a step: what it says, and then, with nothing to say, how the answer ended."""
         told: dict[str, Any] = {}
         calls: dict[int, dict[str, Any]] = {}
         for event in found:
@@ -156,15 +162,23 @@ class Choice:
             elif event.kind == "content":
                 told["content"] = told.get("content", "") + event.text
             else:
-                told["reasoning_content"] = told["reasoning"] = told.get("reasoning", "") + event.text
+                told |= {name: told.get(name, "") + event.text for name in self._fields}
         if calls and self._legacy:
             told["function_call"] = calls[0]["function"]
         elif calls:
             told["tool_calls"] = list(calls.values())
         self._note(delta)
-        if not told and self._finish_reason is None:
-            return None
-        choice = self._choice(self._thought | told)
+        if told:
+            yield self._with_tokens(self._choice(self._nothing | told, ended=False))
+        if self._finish_reason is not None:
+            yield self._with_tokens(self._choice(self._nothing))
+
+    @property
+    def _nothing(self) -> dict[str, Any]:
+        return dict.fromkeys(self._fields) if self._thought else {}
+
+    def _with_tokens(self, choice: dict[str, Any]) -> dict[str, Any]:
+        """What was asked for about the tokens since the last choice."""
         if self._wants_logprobs:
             choice["logprobs"] = {"content": self._logprobs, "refusal": None}
             self._logprobs = []
@@ -173,9 +187,11 @@ class Choice:
             self._token_ids = []
         return choice
 
-    def _choice(self, told: dict[str, Any]) -> dict[str, Any]:
-        choice = {"index": self.index, "delta": told, "logprobs": None, "finish_reason": self._finish_reason}
-        return choice if self._stop_reason is None else choice | {"stop_reason": self._stop_reason}
+    def _choice(self, told: dict[str, Any], *, ended: bool = True) -> dict[str, Any]:
+        choice = {"index": self.index, "delta": told, "logprobs": None, "finish_reason": None}
+        if ended:
+            choice["finish_reason"] = self._finish_reason
+        return choice if not ended or self._stop_reason is None else choice | {"stop_reason": self._stop_reason}
 
     def _opened(self, name: str) -> dict[str, Any]:
         function = {"name": name, "arguments": ""}
@@ -190,7 +206,7 @@ class Choice:
         reason = delta.finish_reason
         if reason is None:
             return
-        if reason == "stop" and self._calls:
+        if reason == "stop" and self._calls and not self._named:  # a call that was asked for by name is the answer
             reason = "function_call" if self._legacy else "tool_calls"
         self._finish_reason = reason
         # a stop string that the format of tool calls needs is nobody's business

@@ -30,7 +30,7 @@ from qwenkit.serve.api.prepare import (
 from qwenkit.serve.api.prompt import answer_room, encode, off_loop
 from qwenkit.serve.api.protocol import CompletionRequest
 from qwenkit.serve.api.reply import Frame, Usage, finite, prompt_logprobs, visible_logprobs, well_formed
-from qwenkit.serve.api.stream import DONE, EventStream
+from qwenkit.serve.api.stream import DONE, STREAMED, EventStream
 from qwenkit.serve.api.structured import grammar_of
 from qwenkit.serve.body import JsonRoute
 from qwenkit.serve.errors import ApiError
@@ -44,7 +44,7 @@ DEFAULT_MAX_TOKENS = 16
 Step = tuple[int, Delta]  # number of the prompt, and what was added to one of its answers
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=STREAMED)
 async def completions(
     body: CompletionRequest, http: Request, server: Annotated[Server, Depends(the_server)]
 ) -> Response:
@@ -116,10 +116,6 @@ def prepare_completion(server: Server, body: CompletionRequest) -> list[Prepared
     check_limits(server, body)
     if (body.logprobs or 0) > server.config.max_logprobs:
         raise limit("logprobs", body.logprobs or 0, server.config.max_logprobs)
-    if body.suffix:
-        raise ApiError(
-            400, "suffix is not supported: these models write on, they do not fill in the middle", param="suffix"
-        )
     if body.best_of not in (None, body.n or 1):
         raise ApiError(
             400, f"best_of is {body.best_of}, allowed is n ({body.n or 1}): all answers are given", param="best_of"
@@ -131,12 +127,14 @@ def prepare_completion(server: Server, body: CompletionRequest) -> list[Prepared
     known = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
         known = max(known or 0, body.logprobs)
-    wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else max(body.max_tokens, 1)
+    wanted = (
+        DEFAULT_MAX_TOKENS if body.max_tokens is None else max(body.max_tokens, 1) if body.max_tokens >= 0 else None
+    )
     prepared = []
     for prompt_ids in prompts:
         if not prompt_ids:
             raise ApiError(400, "prompt is empty, at least one token is needed", param="prompt", code="invalid_value")
-        clip = body.max_tokens is None  # the default of 16 is nobody's wish
+        clip = body.max_tokens is None or not server.config.strict  # the default of 16 is nobody's wish
         room = answer_room(server, prompt_ids, wanted, "prompt", clip=clip)
         params = sampling(server, body, max_tokens=room, logprobs=body.logprobs)
         params = replace(params, prompt_logprobs=known, grammar=asked[0] if asked else None)
@@ -159,7 +157,22 @@ def _prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
         prompt = [prompt]
     if len(prompt) > server.config.max_prompts:
         raise limit("prompt", len(prompt), server.config.max_prompts)
-    return [encode(server, one, "prompt") if isinstance(one, str) else one for one in prompt]
+    ids = [encode(server, one, "prompt") if isinstance(one, str) else one for one in prompt]
+    return [_around(server, one, body.suffix) for one in ids] if body.suffix else ids
+
+
+def _around(server: Server, prompt_ids: list[int], suffix: str) -> list[int]:
+    """The prompt by which Qwen's coders fill in what is missing between a text and `suffix`."""
+    tokens = [server.tokenizer.token_id(f"<|fim_{word}|>") for word in ("prefix", "suffix", "middle")]
+    before, behind, middle = tokens
+    if before is None or behind is None or middle is None:
+        raise ApiError(
+            400,
+            "suffix: this vocabulary has no tokens to fill in the middle (<|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>)",
+            param="suffix",
+            code="invalid_value",
+        )
+    return [before, *prompt_ids, behind, *encode(server, suffix, "suffix"), middle]
 
 
 def _texts(tokenizer: Tokenizer, body: CompletionRequest, prepared: Sequence[Prepared]) -> list[str]:

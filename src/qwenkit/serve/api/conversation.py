@@ -41,7 +41,7 @@ class ToolUse:
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The conversation in the roles system, user, assistant and tool, without fields that say nothing.
 
-    Raises ApiError naming the message for content that is not text and for fields that do not belong to a role.
+    Raises ApiError naming the message for content that is not text.
     """
     return [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
@@ -58,43 +58,26 @@ def _plain(message: Message, where: str) -> dict[str, Any]:
             calls.append(_call(message.function_call, None))
         if calls:
             plain["tool_calls"] = calls
-        reasoning = message.reasoning_content if message.reasoning_content is not None else message.reasoning
+        reasoning = next(
+            (text for text in (message.reasoning_content, message.reasoning) if isinstance(text, str)), None
+        )
         if reasoning is not None:
             plain["reasoning_content"] = reasoning
         content = message.refusal if content is None else content
-        if content is None and not calls and not reasoning:
-            raise _wrong(f"{where}.content is missing: an answer without tool calls needs text", f"{where}.content")
-        plain["content"] = content or ""
-    else:
-        for name in ("tool_calls", "function_call", "reasoning_content", "reasoning", "refusal", "annotations"):
-            if getattr(message, name):
-                raise _wrong(f"{where}.{name} belongs to the assistant, not to {message.role}", f"{where}.{name}")
-        if content is None:
-            raise _wrong(f"{where}.content is missing, text or a list of text parts is needed", f"{where}.content")
-        plain["content"] = content
-    if message.tool_call_id is not None:
-        if role != "tool":
-            raise _wrong(f"{where}.tool_call_id belongs to the role tool, not {message.role}", f"{where}.tool_call_id")
-        plain["tool_call_id"] = message.tool_call_id
-    elif role == "tool" and message.id is not None:
-        plain["tool_call_id"] = message.id
-    if message.role == "function" and not message.name:
-        raise _wrong(f"{where}.name is missing: the answer of a function says which one", where)
-    if message.name is not None:
+    plain["content"] = content or ""
+    if role == "tool":
+        call_id = message.tool_call_id if message.tool_call_id is not None else message.id
+        if isinstance(call_id, str | int):
+            plain["tool_call_id"] = str(call_id)
+    if isinstance(message.name, str) and message.name:
         plain["name"] = message.name
     return plain
 
 
 def _text(part: Part, where: str) -> str:
-    text = part.refusal if part.type == "refusal" else part.text
     if part.type not in ("text", "input_text", "output_text", "refusal"):
         raise _wrong(f"{where} has the type {part.type!r}: this model reads text only", where)
-    if text is None:
-        raise _wrong(f"{where}.text is missing", where)
-    extra = sorted(set(part.model_extra or ()) - {"annotations", "cache_control", "logprobs"})
-    if extra:
-        raise ApiError(400, f"unknown field: {where}.{extra[0]}", param=f"{where}.{extra[0]}", code="unknown_parameter")
-    return text
+    return (part.refusal if part.type == "refusal" else part.text) or ""
 
 
 def _call(function: CalledFunction, call_id: str | None) -> dict[str, Any]:
@@ -107,7 +90,7 @@ def tool_use(request: ChatRequest) -> ToolUse:
 
     Raises ApiError for a choice that names no tool of the request, and for two tools of one name.
     """
-    legacy = request.functions is not None
+    legacy = bool(request.functions)
     tools = [Tool(function=function) for function in request.functions or ()] if legacy else list(request.tools or ())
     field = "functions" if legacy else "tools"
     names = [tool.function.name for tool in tools]
@@ -132,7 +115,8 @@ def tool_use(request: ChatRequest) -> ToolUse:
     if named is not None:
         _known([named], names, field)
     plain = tuple(plain_tool(tool) for tool in tools)
-    return ToolUse(plain, named or str(choice or "auto"), named is not None, parallel, legacy)
+    # A tool that is named is called once, whatever parallel_tool_calls says: clients that name one read one call.
+    return ToolUse(plain, named or str(choice or "auto"), named is not None, parallel and named is None, legacy)
 
 
 def _known(wanted: Sequence[str], names: Sequence[str], field: str) -> None:

@@ -19,7 +19,7 @@ from qwenkit.engine.request import Delta
 from qwenkit.serve.api.prepare import Prepared, events
 from qwenkit.serve.api.protocol import ChatRequest
 from qwenkit.serve.api.reply import Usage
-from qwenkit.serve.api.stream import EventStream
+from qwenkit.serve.api.stream import EventStream, Silence
 from qwenkit.serve.errors import ApiError, refusal
 from qwenkit.serve.server import Server
 from qwenkit.text.answer import AnswerEvent
@@ -36,11 +36,6 @@ def chat_request(chat_fields: Callable[[R], dict[str, Any]], body: R) -> ChatReq
         raise refusal(error.errors()) from None
     except ValueError as error:
         raise ApiError(400, str(error), code="invalid_value") from None
-
-
-def without_nulls(value: Any) -> Any:
-    """An object without members that are null: clients give answers back with every field that their types know."""
-    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 @contextmanager
@@ -65,6 +60,9 @@ class Writer(Protocol):
     def finish(self, last: Delta, usage: Usage, /) -> Events: ...
     def fail(self, error: ApiError, /) -> Events: ...
     def whole(self) -> dict[str, Any]: ...
+    def keep_alive(self) -> bytes:
+        """What tells a client that the answer is still being written."""
+        ...
 
 
 async def respond(server: Server, prepared: Prepared, http: Any, writer: Writer, *, stream: bool) -> Response:
@@ -72,14 +70,17 @@ async def respond(server: Server, prepared: Prepared, http: Any, writer: Writer,
     steps = _steps(server, prepared, http, writer)
     if stream:
         first = await anext(steps)  # here, and not in the stream, it is seen whether the request is accepted at all
-        return EventStream(_on_the_wire(first, steps), lambda error: _bytes(writer.fail(error)))
+        return EventStream(_on_the_wire(first, steps, writer), lambda error: _bytes(writer.fail(error)))
     async for _ in steps:
         pass
     return json_response(writer.whole())
 
 
 async def _steps(server: Server, prepared: Prepared, http: Any, writer: Writer) -> AsyncGenerator[Events, None]:
-    """The events that each step of the engine makes due. A model whose answers have no format gives plain text."""
+    """The events that each step of the engine makes due, also if there are none.
+
+    A model whose answers have no format gives plain text.
+    """
     think_end_id = None if server.answer_format is None else server.answer_format.think_end_id
     usage = Usage(len(prepared.prompt_ids), think_end_id)
     started = False
@@ -93,15 +94,20 @@ async def _steps(server: Server, prepared: Prepared, http: Any, writer: Writer) 
             out += writer.push(found)
             if delta.finish_reason is not None:
                 out += writer.finish(delta, usage)
-            if out:
-                yield out
+            yield out
 
 
-async def _on_the_wire(first: Events, rest: AsyncGenerator[Events, None]) -> AsyncGenerator[bytes, None]:
+async def _on_the_wire(
+    first: Events, rest: AsyncGenerator[Events, None], writer: Writer
+) -> AsyncGenerator[bytes, None]:
+    silence = Silence()
     async with aclosing(rest):
         yield _bytes(first)
         async for step in rest:
-            yield _bytes(step)
+            if silence.breaks(bool(step)):
+                yield writer.keep_alive()
+            elif step:
+                yield _bytes(step)
 
 
 def _bytes(events: Events) -> bytes:

@@ -10,13 +10,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from qwenkit.serve.api.conversation import plain_messages
 from qwenkit.serve.api.foreign import chat_request, in_words_of, json_response, respond
 from qwenkit.serve.api.messages_events import PATH, MessageWriter
 from qwenkit.serve.api.messages_protocol import CountTokensRequest, MessagesRequest, chat_fields
-from qwenkit.serve.api.prepare import prepare, tools_of
-from qwenkit.serve.api.prompt import off_loop, render, template_variables
-from qwenkit.serve.api.protocol import ChatRequest
+from qwenkit.serve.api.prepare import prepare, prompt_ids
+from qwenkit.serve.api.prompt import off_loop
 from qwenkit.serve.body import JsonRoute
 from qwenkit.serve.server import Server, the_server
 
@@ -41,16 +39,5 @@ async def count_tokens(
 ) -> Response:
     """How many tokens the prompt of such a message has, also one that is a little too long to be answered."""
     with in_words_of(_NAMES):
-        ids = await off_loop(server, http, lambda: _prompt_ids(server, chat_request(chat_fields, body)))
+        ids = await off_loop(server, http, lambda: prompt_ids(server, chat_request(chat_fields, body)))
     return json_response({"input_tokens": len(ids)})
-
-
-def _prompt_ids(server: Server, request: ChatRequest) -> list[int]:
-    server.adapter_of(request.model)
-    return render(
-        server,
-        plain_messages(request.messages),
-        tools=tools_of(server, request).tools,
-        variables=template_variables(request),
-        continue_final_message=request.continue_final_message,
-    )

@@ -97,6 +97,9 @@ class MessageWriter:
         """The whole message, after `finish`."""
         return {**self._message, "content": self._content, "usage": self._usage}
 
+    def keep_alive(self) -> bytes:
+        return b'event: ping\ndata: {"type": "ping"}\n\n'
+
     def _text(self, out: list[Event], kind: str, text: str) -> None:
         if self._open != kind:
             self._begin(out, {"type": "text", "text": ""} if kind == "text" else _thinking())

@@ -1,21 +1,20 @@
 """Types of Anthropic's /v1/messages, and what a request of that shape means in the OpenAI shape of /v1/chat/completions.
 
-In: the JSON of a request; a field or block that this server has no meaning for is refused by name. Out: `chat_fields`, the
-fields of the chat request that asks for the same answer. Conversations are plain text: images and documents are refused.
+In: the JSON of a request. Out: `chat_fields`, the fields of the chat request that asks for the same answer. Conversations are
+plain text: images and documents are refused.
 """
 
 import json
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qwenkit.serve.api.foreign import without_nulls
-from qwenkit.serve.api.protocol import INT32, MAX_LIST, JsonObject, Label, Name, Text
-from qwenkit.serve.body import RequestModel
+from qwenkit.serve.api import spellings, unsupported
+from qwenkit.serve.api.protocol import INT32, MAX_LIST, JsonObject, Label, Maximum, Name, Stops, Text
+from qwenkit.serve.body import LeftOut, RequestModel, Unsupported, Whole
 
-CallId = Annotated[str, Field(min_length=1, max_length=512)]
 _TEXT_ONLY = {
     "image": "an image",
     "document": "a document",
@@ -24,47 +23,40 @@ _TEXT_ONLY = {
 }
 
 
-class CacheControl(RequestModel):
-    """Accepted and without effect: prefixes are always cached."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
-
-
 class TextBlock(RequestModel):
     type: Literal["text"]
-    text: Text
-    cache_control: CacheControl | None = None
-    citations: Annotated[list[JsonObject], Field(max_length=0, fail_fast=True)] | None = None
+    text: Text = ""
 
 
 class ThinkingBlock(RequestModel):
-    """`signature` is not checked: this server gives out empty ones."""
+    """Its `signature` is not looked at: this server gives out empty ones."""
 
     type: Literal["thinking"]
-    thinking: Text
-    signature: Text = ""
+    thinking: Text = ""
 
 
 class RedactedThinkingBlock(RequestModel):
     """Thinking that only the service that wrote it can read; it is left out of the prompt."""
 
     type: Literal["redacted_thinking"]
-    data: Text
 
 
 class ToolUseBlock(RequestModel):
+    """A call as a model made it: its name is any text."""
+
     type: Literal["tool_use"]
-    id: CallId
-    name: Name
-    input: JsonObject
-    cache_control: CacheControl | None = None
-    caller: JsonObject | None = None
+    id: Text = ""
+    name: Text = ""
+    input: Any = None
 
 
 def _as_blocks(content: Any) -> Any:
-    """Content that is one text, as the list with one text block that it stands for."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    """Content that is one text, or holds plain texts, as the list of text blocks that it stands for."""
+    if isinstance(content, str):
+        content = [content]
+    if not isinstance(content, list):
+        return content
+    return [{"type": "text", "text": block} if isinstance(block, str) else block for block in content]
 
 
 def _readable(block: Any) -> Any:
@@ -73,7 +65,9 @@ def _readable(block: Any) -> Any:
         raise PydanticCustomError(
             "text_only", "{what} was given, but this model reads only text", {"what": _TEXT_ONLY[kind]}
         )
-    return without_nulls(block)
+    if kind is None and isinstance(block, dict) and isinstance(block.get("text"), str):
+        return {**block, "type": "text"}
+    return block
 
 
 _Text = Annotated[TextBlock, BeforeValidator(_readable, json_schema_input_type=TextBlock)]
@@ -86,10 +80,9 @@ Texts = Annotated[
 
 class ToolResultBlock(RequestModel):
     type: Literal["tool_result"]
-    tool_use_id: CallId
+    tool_use_id: Text = ""
     content: Texts = Field(default_factory=list)
     is_error: bool = False
-    cache_control: CacheControl | None = None
 
 
 _AnyBlock = Annotated[
@@ -105,30 +98,27 @@ Blocks = Annotated[
 
 class Message(RequestModel):
     role: Literal["user", "assistant", "system"]
-    content: Blocks
+    content: Blocks = Field(default_factory=list)
 
 
 class Tool(RequestModel):
-    """A function that the caller runs; tools that Anthropic's own servers run are refused."""
+    """A function that the caller runs."""
 
-    type: Literal["custom"] | None = None
     name: Name
     description: Text | None = None
     input_schema: JsonObject
     strict: bool | None = None
-    cache_control: CacheControl | None = None
-    eager_input_streaming: bool | None = None
 
 
 def _own_tool(tool: Any) -> Any:
-    kind = tool.get("type") if isinstance(tool, dict) else None
-    if isinstance(kind, str) and kind != "custom":
-        raise PydanticCustomError(
-            "client_tools_only",
-            "the tool type '{kind}' is not available here, allowed are tools with a name and an input_schema",
-            {"kind": kind},
-        )
-    return tool
+    """A tool in Anthropic's shape, also from OpenAI's."""
+    if not isinstance(tool, dict) or "input_schema" in tool:
+        return tool
+    function = spellings.function_tool(tool).get("function")
+    if not isinstance(function, dict):
+        return tool
+    schema = spellings.parameters(function.get("parameters"))
+    return {**function, "input_schema": {"type": "object"} if schema is None else schema}
 
 
 _Tool = Annotated[Tool, BeforeValidator(_own_tool, json_schema_input_type=Tool)]
@@ -142,12 +132,24 @@ class ToolChoice(RequestModel):
     disable_parallel_tool_use: bool = False
 
 
+def _own_choice(choice: Any) -> Any:
+    """A tool_choice in Anthropic's shape, also from OpenAI's words."""
+    if isinstance(choice, dict) and choice.get("type") in ("auto", "any", "tool", "none"):
+        return choice
+    plain = spellings.function_choice(choice)
+    if isinstance(plain, str):
+        plain = {"type": "any" if plain == "required" else plain}
+    elif isinstance(plain, dict) and isinstance(plain.get("function"), dict):
+        plain = {"type": "tool", "name": plain["function"].get("name")}
+    if isinstance(choice, dict) and isinstance(plain, dict) and "disable_parallel_tool_use" in choice:
+        plain["disable_parallel_tool_use"] = choice["disable_parallel_tool_use"]
+    return plain
+
+
 class Thinking(RequestModel):
-    """`budget_tokens` is accepted and is no limit: max_tokens covers thinking and answer together."""
+    """Its `budget_tokens` is no limit: max_tokens covers thinking and answer together."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = Field(default=None, ge=1, le=INT32)
-    display: Literal["summarized", "omitted"] | None = None
 
 
 class OutputFormat(RequestModel):
@@ -156,14 +158,9 @@ class OutputFormat(RequestModel):
 
 
 class OutputConfig(RequestModel):
-    """`effort` is accepted and without effect: the models know only thinking or not thinking."""
+    """Its `effort` is without effect: the models know only thinking or not thinking."""
 
     format: OutputFormat | None = None
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-
-
-class Metadata(RequestModel):
-    user_id: Label | None = None
 
 
 class CountTokensRequest(RequestModel):
@@ -173,23 +170,30 @@ class CountTokensRequest(RequestModel):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
     system: Texts | None = None
     tools: Annotated[list[_Tool], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
-    tool_choice: ToolChoice | None = None
+    tool_choice: Annotated[ToolChoice, BeforeValidator(_own_choice, json_schema_input_type=ToolChoice)] | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    cache_control: CacheControl | None = None
+
+    UNSUPPORTED: ClassVar[Mapping[str, Unsupported]] = unsupported.STATE
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = unsupported.WITHOUT_EFFECT_OF_MESSAGES
+
+    @classmethod
+    def simplify(cls, body: dict[str, Any], left_out: LeftOut) -> dict[str, Any]:
+        if "output_format" in body and "output_config" not in body:  # its name before it had a field of its own
+            body = {**body, "output_config": {"format": body["output_format"]}}
+            del body["output_format"]
+        return super().simplify(spellings.runnable_tools(body, left_out), left_out)
 
 
 class MessagesRequest(CountTokensRequest):
     """POST /v1/messages."""
 
-    max_tokens: int = Field(ge=1, le=INT32)
-    stop_sequences: Annotated[list[Label], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
+    max_tokens: Maximum
+    stop_sequences: Stops | None = None
     stream: bool = False
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=INT32)
-    metadata: Metadata | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
+    top_k: Whole | None = Field(default=None, ge=-1, le=INT32)
 
 
 def chat_fields(request: CountTokensRequest) -> dict[str, Any]:
@@ -213,14 +217,13 @@ def chat_fields(request: CountTokensRequest) -> dict[str, Any]:
         schema = {"name": "output", "schema": request.output_config.format.schema_, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     if isinstance(request, MessagesRequest):
-        fields["max_tokens"] = request.max_tokens
+        if request.max_tokens is not None:
+            fields["max_tokens"] = request.max_tokens
         fields["stream"] = request.stream
         named = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k}
         fields |= {name: value for name, value in named.items() if value is not None}
         if request.stop_sequences:
             fields["stop"] = request.stop_sequences
-        if request.metadata is not None and request.metadata.user_id is not None:
-            fields["user"] = request.metadata.user_id
     return fields
 
 
@@ -262,7 +265,7 @@ def _assistant(message: Message, index: int, names: dict[str, str]) -> dict[str,
             thoughts.append(block.thinking)
         elif isinstance(block, ToolUseBlock):
             names[block.id] = block.name
-            arguments = json.dumps(block.input, ensure_ascii=False)
+            arguments = json.dumps(block.input or {}, ensure_ascii=False)
             call = {"name": block.name, "arguments": arguments}
             calls.append({"id": block.id, "type": "function", "function": call})
         elif isinstance(block, ToolResultBlock):
@@ -285,16 +288,11 @@ def _user(message: Message, index: int, names: dict[str, str]) -> Iterator[dict[
             if texts:
                 yield {"role": "user", "content": "".join(texts)}
                 texts = []
-            if block.tool_use_id not in names:
-                raise ValueError(
-                    f"messages[{index}].content has a tool_result for tool_use_id {block.tool_use_id!r}, "
-                    "but no earlier tool_use has that id"
-                )
             result = "".join(part.text for part in block.content)
             yield {
                 "role": "tool",
                 "tool_call_id": block.tool_use_id,
-                "name": names[block.tool_use_id],
+                "name": names.get(block.tool_use_id),
                 "content": f"Error: {result}" if block.is_error else result,
             }
         else:

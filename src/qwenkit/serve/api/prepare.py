@@ -27,6 +27,7 @@ from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError, client_gone
 from qwenkit.serve.server import Server
 from qwenkit.text.answer import AnswerEvent, AnswerParser
+from qwenkit.text.tool_calls import argument_schemas
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Prepared:
     tools: ToolUse = field(default_factory=ToolUse)
     cache_namespace: str | None = None
     grammar_field: str = ""  # where the request says what shape the answer must have
+    grammar_parts: tuple[tuple[str, Grammar], ...] = ()  # what that is made from, each with what to call it
 
 
 async def prepare(
@@ -48,7 +50,7 @@ async def prepare(
 ) -> Prepared:
     """`prepare_chat` of the request that `make_request` gives, and the check of its grammar, off the event loop if long.
 
-    Raises ApiError. `clip`: a max_tokens that the context has no room for is cut instead of refused.
+    Raises ApiError. `clip`: a max_tokens that the context has no room for is cut under --strict, too.
     """
     prepared = await off_loop(server, http, lambda: prepare_chat(server, make_request(), clip=clip))
     await check_grammar(server, prepared)
@@ -64,7 +66,7 @@ async def check_grammar(server: Server, prepared: Prepared) -> None:
         raise ApiError(
             400, f"{prepared.grammar_field}: this server has no structured output", param=prepared.grammar_field
         )
-    await check_compiles(server.compiler, grammar, prepared.grammar_field)
+    await check_compiles(server.compiler, grammar, prepared.grammar_field, prepared.grammar_parts)
 
 
 def prepare_chat(server: Server, request: ChatRequest, *, clip: bool = False) -> Prepared:
@@ -78,18 +80,11 @@ def prepare_chat(server: Server, request: ChatRequest, *, clip: bool = False) ->
     tools = tools_of(server, request)
     if request.stream and request.prompt_logprobs is not None:
         raise ApiError(400, "prompt_logprobs cannot be streamed, ask with stream: false", param="prompt_logprobs")
-    prompt_ids = render(
-        server,
-        plain_messages(request.messages),
-        tools=tools.tools,
-        variables=template_variables(request),
-        add_generation_prompt=request.add_generation_prompt,
-        continue_final_message=request.continue_final_message,
-    )
+    ids = _rendered(server, request, tools)
     wanted = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-    max_tokens = answer_room(server, prompt_ids, wanted, "messages", clip=clip)
+    max_tokens = answer_room(server, ids, wanted, "messages", clip=clip or not server.config.strict)
     answers = server.answer_format
-    grammar, after, where = constraint(server, request, tools, prompt_ids)
+    grammar, after, where = constraint(server, request, tools, ids)
     params = sampling(
         server,
         request,
@@ -101,9 +96,46 @@ def prepare_chat(server: Server, request: ChatRequest, *, clip: bool = False) ->
         params = replace(params, grammar=grammar, grammar_after=after)
     parser = None
     if answers is not None:
-        parser = partial(answers.parser, prompt_ids, tools=bool(tools.tools), skip_special=params.skip_special_tokens)
-    return Prepared(
-        prompt_ids, params, parser, adapter, adapter or server.model_name, tools, namespace_of(request), where
+        parser = partial(
+            answers.parser,
+            ids,
+            tools=bool(tools.tools),
+            skip_special=params.skip_special_tokens,
+            definitions=tools.tools,
+            whole=not request.stream,
+        )
+    name, parts = adapter or server.model_name, grammar_parts(request, tools) if grammar is not None else ()
+    return Prepared(ids, params, parser, adapter, name, tools, namespace_of(request), where, parts)
+
+
+def grammar_parts(request: ChatRequest, tools: ToolUse) -> tuple[tuple[str, Grammar], ...]:
+    """What the grammar of an answer is made from: the schema asked for, and those of the tools that it lets the model call."""
+    asked = None if tools.forced else grammar_of(request)
+    parts = [] if asked is None else [("", asked[0])]
+    try:
+        schemas = argument_schemas(tools.tools, tools.choice if tools.forced else "required") if tools.tools else {}
+        parts += [
+            (f"the parameters of the tool {name!r}", Grammar("json_schema", text)) for name, text in schemas.items()
+        ]
+    except ValueError:
+        return ()  # nothing that a part could explain
+    return tuple(parts)
+
+
+def prompt_ids(server: Server, request: ChatRequest) -> list[int]:
+    """The prompt of a chat, also one that is a little too long to be answered. Raises ApiError."""
+    server.adapter_of(request.model)
+    return _rendered(server, request, tools_of(server, request))
+
+
+def _rendered(server: Server, request: ChatRequest, tools: ToolUse) -> list[int]:
+    return render(
+        server,
+        plain_messages(request.messages),
+        tools=tools.tools,
+        variables=template_variables(request),
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continues,
     )
 
 
@@ -145,7 +177,7 @@ def constraint(
         forced = partial(calls, parallel=tools.parallel, may_think=may_think)
         return checked(field, lambda: Grammar("lark", forced())), after, field
     assert grammar is not None
-    if tools.tools and answers.tool_style != "hermes":
+    if tools.tools and answers.tool_style not in ("hermes", "xml"):
         raise ApiError(400, f"{field} and tools cannot be combined with this model", param=field)
     if tools.tools or may_think:
         inner = grammar
@@ -157,10 +189,9 @@ def constraint(
 def check_limits(server: Server, request: GenerationRequest) -> None:
     """The limits that the server's configuration sets. Raises ApiError."""
     config = server.config
-    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     counts = {
         "n": (request.n or 1, config.max_n),
-        "stop": (len(stops), config.max_stop),
+        "stop": (len(request.stop or ()), config.max_stop),
         "stop_token_ids": (len(request.stop_token_ids or ()), config.max_stop),
         "prompt_logprobs": (request.prompt_logprobs or 0, config.max_logprobs),
         "top_logprobs": (getattr(request, "top_logprobs", None) or 0, config.max_logprobs),
@@ -209,11 +240,10 @@ def sampling(
 ) -> SamplingParams:
     """SamplingParams of a request, with `stop` besides its own stop strings. Raises ApiError."""
     given = {name: value for name in _SAME_NAME if (value := getattr(request, name)) is not None}
-    own = [request.stop] if isinstance(request.stop, str) else request.stop or []
     try:
         return SamplingParams(
             **given,
-            stop=tuple(dict.fromkeys((*own, *stop))),
+            stop=tuple(dict.fromkeys((*(request.stop or ()), *stop))),
             max_tokens=max_tokens,
             logprobs=logprobs,
             logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
@@ -260,7 +290,7 @@ async def events(
                 if parser is not None:
                     found = parser.push(delta.token_ids, delta.text)
                     if delta.finish_reason is not None:
-                        found += parser.finish()
+                        found += parser.finish(cut=delta.finish_reason == "length")
                     if one_call and (second := next((e for e in found if e.tool_index > 0), None)) is not None:
                         found = found[: found.index(second)]
                         delta = replace(delta, finish_reason="stop", stop_reason=None)

@@ -16,6 +16,8 @@ from qwenkit.serve.body import INLINE_BYTES
 from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError, context_too_long, text_too_long
 from qwenkit.serve.server import Server
+from qwenkit.text.answer import THINK, THINK_END
+from qwenkit.text.chat_qwen1 import Qwen1Chat, in_turn
 from qwenkit.text.tokenizer import TokenLimitError
 
 R = TypeVar("R")
@@ -70,7 +72,7 @@ def render(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> list[int]:
-    """Ids of a conversation; to continue its last message they end where that message's text ends. Raises ApiError."""
+    """Ids of a conversation; to continue its last message they end in exactly that message's text. Raises ApiError."""
     if server.chat_format is None:
         raise ApiError(
             400,
@@ -79,33 +81,54 @@ def render(
         )
     # Templates may leave out what the assistant thought or said, but nothing else.
     check_length(server, sum(len(one["content"] or "") for one in messages if one["role"] != "assistant"), "messages")
+    begun = messages[-1] if continue_final_message else None
+    if server.config.strict and isinstance(server.chat_format, Qwen1Chat) and len(in_turn(messages)) < len(messages):
+        raise ApiError(
+            400,
+            "messages: Qwen-1 takes one system message first, then user and assistant in turn",
+            param="messages",
+            code="invalid_value",
+        )
     try:
-        rendered = server.chat_format.render(
-            messages,
+        ids = server.chat_format.render(
+            messages if begun is None else messages[:-1],
             tools=list(tools) or None,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            add_generation_prompt=add_generation_prompt or begun is not None,
             max_tokens=server.max_counted,
             **variables,
-        )
+        ).ids
+        if begun is not None:
+            ids = [*ids, *server.tokenizer.encode(_begun(server, ids, begun), max_tokens=server.max_counted)]
     except TokenLimitError as error:
         raise text_too_long(f"more than {error.max_tokens} tokens", server.max_model_len, "messages") from None
     except ValueError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None
-    if not continue_final_message:
-        return rendered.ids
-    mask = rendered.mask or []
-    last = max((index for index, said in enumerate(mask) if said), default=None)
-    if last is None:
-        raise ApiError(
-            400, "continue_final_message: the chat template does not show where the message ends", param="messages"
-        )
-    return rendered.ids[:last]  # without the token that ends the turn
+    return ids
+
+
+def _begun(server: Server, prompt_ids: Sequence[int], message: dict[str, Any]) -> str:
+    """The text of an answer that was begun, behind a prompt that may have opened its thought. Control tokens are text."""
+    content: str = message["content"] or ""
+    thought = message.get("reasoning_content")
+    answers = server.answer_format
+    is_open = answers is not None and answers.thinks and answers.prompt_thinking(prompt_ids) == "open"
+    if thought is None and is_open and content.lstrip().startswith(THINK):
+        return content.lstrip().removeprefix(THINK).removeprefix("\n")
+    if thought is None and is_open and content and THINK_END not in content:
+        thought = ""
+    if thought is None:
+        return content
+    opening = "" if is_open else f"{THINK}\n"
+    return f"{opening}{thought}" if not content else f"{opening}{thought}\n{THINK_END}\n\n{content}"
 
 
 def answer_room(
     server: Server, prompt_ids: Sequence[int], wanted: int | None, param: str, *, clip: bool = False
 ) -> int:
-    """How many tokens the answer may have. Raises ApiError context_length_exceeded where prompt and answer do not fit."""
+    """How many tokens the answer may have: those that are wanted, or with `clip` as many of them as there is room for.
+
+    Raises ApiError context_length_exceeded where the prompt, or without `clip` prompt and answer, do not fit.
+    """
     room = server.max_model_len - len(prompt_ids)
     if room < 1 or (wanted is not None and wanted > room and not clip):
         raise context_too_long(len(prompt_ids), wanted or 0, server.max_model_len, param)

@@ -1,17 +1,19 @@
 """What a request may say: the bodies of the OpenAI routes as pydantic models.
 
-In: JSON. Out: typed, bounded values; a field that is not named here is an error, and so is text where a number belongs. Limits
-that whoever runs the server sets (n, prompts, stops, tools) are checked in prepare.py. Fields that only neutral values make sense
-for are typed so: a client that always sends them works, one that wants what this server does not do is told.
+In: JSON. Out: typed, bounded values. Fields of other servers, and other spellings of the same thing, are in unsupported.py and
+spellings.py; what is in neither is left out and told. Limits that whoever runs the server sets (n, prompts, stops, tools) are
+checked in prepare.py. What stands in a conversation is history: it is shown to the model and never judged.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from qwenkit.serve.body import RequestModel, at_most
+from qwenkit.serve.api import spellings, unsupported
+from qwenkit.serve.body import LeftOut, RequestModel, Unsupported, Whole, at_most, at_most_minus_one, whole
 
 INT64 = 2**63 - 1
 INT32 = 2**31 - 1
@@ -20,16 +22,52 @@ Text = Annotated[str, Field(max_length=100_000_000)]  # the body limit is what b
 Name = Annotated[str, Field(pattern=r"^[\w.\-]{1,128}$")]
 Label = Annotated[str, Field(max_length=512)]
 JsonObject = dict[str, Any]
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16), BeforeValidator(at_most(16))
-]
+Truth = Annotated[bool, BeforeValidator(spellings.truth, json_schema_input_type=bool)]
+
+
+def _plain_ids(value: Any) -> Any:
+    """Token ids, also from programs that write whole numbers as floats."""
+    return list(map(whole, value)) if isinstance(value, list) and any(type(one) is float for one in value) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _without_empty(value: Any) -> Any:
+    """Stop strings without the empty ones, which stop nothing."""
+    value = _as_list(value)
+    return [one for one in value if one != ""] if isinstance(value, list) else value
+
+
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LIST, fail_fast=True), BeforeValidator(_plain_ids)]
+Stops = Annotated[
+    list[Label],
+    Field(max_length=MAX_LIST, fail_fast=True),
+    BeforeValidator(_without_empty, json_schema_input_type=Label | list[Label]),
+]
+Maximum = Annotated[
+    Annotated[Whole, Field(ge=1, le=INT32)] | None,
+    BeforeValidator(at_most_minus_one, json_schema_input_type=Annotated[int, Field(ge=-1, le=INT32)]),
+]
+"""Most tokens of an answer: -1 is no limit."""
+Seed = Annotated[
+    Annotated[Whole, Field(ge=-INT64, le=INT64)] | None, BeforeValidator(at_most_minus_one, json_schema_input_type=int)
+]
+
+
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024),
+    BeforeValidator(at_most(1024)),
+]
 
 
 class StreamOptions(RequestModel):
     include_usage: bool = False
     continuous_usage_stats: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None
 
 
 class StructuredOutputs(RequestModel):
@@ -53,6 +91,16 @@ class ResponseFormat(RequestModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_schema(cls, value: Any) -> Any:
+        """A schema that stands beside the type, as llama.cpp takes it."""
+        if not isinstance(value, dict) or value.get("json_schema") is not None or value.get("schema") is None:
+            return value
+        if value.get("type") not in ("json_object", "json_schema"):
+            return value
+        return {"type": "json_schema", "json_schema": {"schema": value["schema"]}}
+
     @model_validator(mode="after")
     def _complete(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
@@ -69,34 +117,24 @@ class GenerationRequest(RequestModel):
     # choosing tokens
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, le=INT32)
+    top_k: Whole | None = Field(default=None, ge=-1, le=INT32)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: (
-        Annotated[
-            dict[
-                Annotated[str, Field(pattern=r"^\d{1,9}$")],
-                Annotated[float, Field(ge=-100, le=100)],
-            ],
-            Field(max_length=1024),
-            BeforeValidator(at_most(1024)),
-        ]
-        | None
-    ) = None
-    seed: int | None = Field(default=None, ge=-INT64, le=INT64)
-    n: int | None = Field(default=None, ge=1, le=128)
+    logit_bias: LogitBias | None = None
+    seed: Seed = None
+    n: Whole | None = Field(default=None, ge=1, le=128)
     # ending
-    stop: Label | Annotated[list[Label], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
-    max_tokens: int | None = Field(default=None, ge=1, le=INT32)
-    min_tokens: int | None = Field(default=None, ge=0, le=INT32)
+    stop: Stops | None = None
+    stop_token_ids: TokenIds | None = None
+    max_tokens: Maximum = None
+    min_tokens: Whole | None = Field(default=None, ge=0, le=INT32)
     ignore_eos: bool | None = None
     # what is told
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=100)
+    prompt_logprobs: Whole | None = Field(default=None, ge=0, le=100)
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     # what the answer must look like
@@ -108,75 +146,76 @@ class GenerationRequest(RequestModel):
     structured_outputs: StructuredOutputs | None = None
     # how it is treated
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    # sent by clients, of no effect here
-    user: Label | None = None
-    # vLLM's, at the values that change nothing
-    use_beam_search: Literal[False] | None = None
-    length_penalty: float | None = Field(default=None, ge=1, le=1)
-    early_stopping: Literal[False] | None = None
-    include_stop_str_in_output: Literal[False] | None = None
-    spaces_between_special_tokens: bool | None = None
-    add_special_tokens: bool | None = None
-    truncate_prompt_tokens: None = None
 
-    @model_validator(mode="after")
-    def _streams(self) -> GenerationRequest:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed together with stream: true")
-        if "" in ([self.stop] if isinstance(self.stop, str) else self.stop or ()):
-            raise ValueError("stop has an empty string, allowed are texts that are not empty")
-        return self
+    UNSUPPORTED: ClassVar[Mapping[str, Unsupported]] = unsupported.GENERATION
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = unsupported.WITHOUT_EFFECT
+
+    @classmethod
+    def simplify(cls, body: dict[str, Any], left_out: LeftOut) -> dict[str, Any]:
+        return super().simplify(spellings.renamed(body, unsupported.RENAMED), left_out)
 
 
-class Part(BaseModel):
+class Part(RequestModel):
     """A piece of a message's content. Other kinds than text are taken in so that they can be refused by name."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    type: Label
+    type: Label = "text"
     text: Text | None = None
     refusal: Text | None = None
 
 
+def _parts(content: Any) -> Any:
+    """A list of parts, of which some may be plain texts."""
+    if not isinstance(content, list):
+        return content
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+
+
 class CalledFunction(RequestModel):
-    name: Name
-    arguments: Text | JsonObject = ""
+    """A call as a model made it: the name is any text, and the arguments may be no JSON object."""
+
+    name: Text = ""
+    arguments: Any = None
 
 
 class ToolCall(RequestModel):
-    id: Label | None = None
-    type: Literal["function"] = "function"
-    function: CalledFunction
-    index: int | None = Field(default=None, ge=0, le=MAX_LIST)  # streamed deltas sent back as they came
+    id: Text | None = None
+    function: CalledFunction = CalledFunction()
 
 
 class Message(RequestModel):
     """One message of a conversation, in any role. Fields of answers are taken back as they were given out."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Text | Annotated[list[Part], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
-    name: Label | None = None
-    tool_call_id: Label | None = None
+    content: Annotated[
+        Text | Annotated[list[Part], Field(max_length=MAX_LIST, fail_fast=True)] | None, BeforeValidator(_parts)
+    ] = None
+    name: Any = None
+    tool_call_id: Any = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     function_call: CalledFunction | None = None
-    reasoning_content: Text | None = None
-    reasoning: Text | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
     refusal: Text | None = None
-    audio: None = None
-    annotations: Annotated[list[JsonObject], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
-    id: Label | None = None  # Qwen-Agent's, which calls a tool's tool_call_id so, and keeps notes of its own beside it
-    extra: JsonObject | None = None
+    id: Any = None  # Qwen-Agent's, which calls a tool's tool_call_id so
+    prefix: Any = None  # of the last message, with true: go on with it
+    partial: Any = None
 
 
 class Function(RequestModel):
     name: Name
     description: Text | None = None
-    parameters: JsonObject | None = None
+    parameters: (
+        Annotated[JsonObject, BeforeValidator(spellings.parameters, json_schema_input_type=JsonObject)] | None
+    ) = None
     strict: bool | None = None
 
 
 class Tool(RequestModel):
     type: Literal["function"] = "function"
     function: Function
+
+
+AnyTool = Annotated[Tool, BeforeValidator(spellings.function_tool, json_schema_input_type=Tool)]
 
 
 class NamedFunction(RequestModel):
@@ -201,9 +240,14 @@ class AllowedTools(RequestModel):
 class TemplateArguments(RequestModel):
     """What a request may tell a chat template: never the template itself."""
 
-    enable_thinking: bool | None = None
-    preserve_thinking: bool | None = None
-    add_vision_id: Literal[False] | None = None
+    enable_thinking: Truth | None = None
+    preserve_thinking: Truth | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _thinking(cls, value: Any) -> Any:
+        """`thinking`, as templates of other families call it."""
+        return spellings.renamed(value, {"thinking": "enable_thinking"}) if isinstance(value, dict) else value
 
 
 class ChatRequest(GenerationRequest):
@@ -212,39 +256,51 @@ class ChatRequest(GenerationRequest):
     model_config = ConfigDict(json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello!"}]}]})
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=INT32)
+    max_completion_tokens: Maximum = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=100)
-    tools: Annotated[list[Tool], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
+    top_logprobs: Whole | None = Field(default=None, ge=0, le=100)
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
+    tool_choice: (
+        Annotated[
+            Literal["none", "auto", "required"] | NamedTool | AllowedTools,
+            BeforeValidator(
+                spellings.function_choice,
+                json_schema_input_type=Literal["none", "auto", "required"] | NamedTool | AllowedTools,
+            ),
+        ]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[list[Function], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)] | None = None
+    functions: Annotated[list[Function], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     function_call: Literal["none", "auto"] | NamedFunction | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    enable_thinking: bool | None = None
+    enable_thinking: Truth | None = None
     chat_template_kwargs: TemplateArguments | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    # sent by clients, of no effect here
-    metadata: Annotated[dict[str, Label], Field(max_length=16), BeforeValidator(at_most(16))] | None = None
-    store: Literal[False] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
-    service_tier: Label | None = None
-    safety_identifier: Label | None = None
-    prompt_cache_key: Label | None = None
-    prompt_cache_retention: Label | None = None
-    echo: Literal[False] | None = None
-    include_reasoning: Literal[True] | None = None
+
+    UNSUPPORTED: ClassVar[Mapping[str, Unsupported]] = unsupported.CHAT
+
+    @classmethod
+    def simplify(cls, body: dict[str, Any], left_out: LeftOut) -> dict[str, Any]:
+        return super().simplify(spellings.runnable_tools(spellings.thinking(body), left_out), left_out)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on where the last message breaks off."""
+        last = self.messages[-1]
+        return self.continue_final_message or (last.role == "assistant" and True in (last.prefix, last.partial))
 
     @model_validator(mode="after")
     def _fits(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only allowed together with logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_tokens and max_completion_tokens differ, give one of them")
-        if self.functions is not None and self.tools is not None:
+        if self.functions and self.tools:
             raise ValueError("functions and tools are the same thing, give one of them (tools is the newer)")
-        if self.function_call is not None and not self.functions:
+        if isinstance(self.function_call, NamedFunction) and not self.functions:
             raise ValueError("function_call is only allowed together with functions")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice needs tools to choose from, and tools is empty")
@@ -267,17 +323,17 @@ class CompletionRequest(GenerationRequest):
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
-        | Annotated[list[TokenId], Field(min_length=1, max_length=INT32, fail_fast=True)]
+        | Annotated[list[TokenId], Field(min_length=1, max_length=INT32, fail_fast=True), BeforeValidator(_plain_ids)]
         | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True), BeforeValidator(_plain_ids)]],
             Field(min_length=1, max_length=MAX_LIST, fail_fast=True),
         ]
     )
-    max_tokens: int | None = Field(default=None, ge=0, le=INT32)
+    max_tokens: Whole | None = Field(default=None, ge=-1, le=INT32)  # -1: all that fits; missing: 16
     echo: bool | None = None
-    logprobs: int | None = Field(default=None, ge=0, le=100)
+    logprobs: Whole | None = Field(default=None, ge=0, le=100)
     suffix: Text | None = None
-    best_of: int | None = Field(default=None, ge=1, le=128)
+    best_of: Whole | None = Field(default=None, ge=1, le=128)
 
 
 class TokenizeRequest(RequestModel):
@@ -286,7 +342,7 @@ class TokenizeRequest(RequestModel):
     model: Label | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: TemplateArguments | None = None
@@ -304,4 +360,4 @@ class DetokenizeRequest(RequestModel):
     """POST /detokenize."""
 
     model: Label | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=4_000_000, fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(max_length=4_000_000, fail_fast=True), BeforeValidator(_plain_ids)]

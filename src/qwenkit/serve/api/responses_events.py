@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenkit.serve.api.reply import Usage
 from qwenkit.serve.api.responses_protocol import ResponsesRequest
+from qwenkit.serve.api.stream import COMMENT
 
 if TYPE_CHECKING:
     from qwenkit.engine.request import Delta
@@ -92,6 +93,9 @@ class ResponseWriter:
     def whole(self) -> dict[str, Any]:
         """The response as far as it is written; whole after `finish`."""
         return {**self._response, "output": [_copy(item) for item in self._output]}
+
+    def keep_alive(self) -> bytes:
+        return COMMENT
 
     def _text(self, out: list[Event], kind: str, text: str) -> None:
         if self._open is None or self._open["type"] != kind:

@@ -1,30 +1,31 @@
 """Types of OpenAI's /v1/responses, and what such a request means in the shape of /v1/chat/completions.
 
 In: the JSON of a request. Out: `chat_fields`, the fields of the chat request that asks for the same answer. Nothing is stored
-here, so every request brings the whole conversation; what refers to stored state, and every tool that the server would have
-to run, is refused in one sentence.
+here, so every request brings the whole conversation, and what refers to stored state is refused in one sentence.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from qwenkit.serve.api.foreign import without_nulls
+from qwenkit.serve.api import spellings, unsupported
 from qwenkit.serve.api.protocol import (
     INT32,
-    INT64,
     MAX_LIST,
     JsonObject,
     Label,
-    Metadata,
+    LogitBias,
+    Maximum,
     Name,
+    Seed,
+    Stops,
     TemplateArguments,
     Text,
 )
-from qwenkit.serve.body import RequestModel
+from qwenkit.serve.body import LeftOut, RequestModel, Unsupported, Whole, whole, without_nulls
 
-Status = Literal["in_progress", "completed", "incomplete"]
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 _PARTS = ("input_text", "output_text", "refusal")
 
@@ -36,30 +37,30 @@ def _kind(value: Any) -> str | None:
 
 def _readable(part: Any) -> Any:
     kind = _kind(part)
+    if isinstance(part, dict) and (kind == "text" or (kind is None and isinstance(part.get("text"), str))):
+        return {**part, "type": "input_text"}  # as chat calls it
     if kind is not None and kind not in _PARTS:
         raise PydanticCustomError(
             "text_only", "a part of the type '{kind}' was given, but this model reads only text", {"kind": kind}
         )
-    return without_nulls(part)
+    return part
 
 
 class InputText(RequestModel):
     type: Literal["input_text"]
-    text: Text
+    text: Text = ""
 
 
 class OutputText(RequestModel):
     """A part of an answer of this API, given back as it was."""
 
     type: Literal["output_text"]
-    text: Text
-    annotations: Annotated[list[JsonObject], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
-    logprobs: Annotated[list[JsonObject], Field(fail_fast=True)] | None = None
+    text: Text = ""
 
 
 class Refusal(RequestModel):
     type: Literal["refusal"]
-    refusal: Text
+    refusal: Text = ""
 
 
 _AnyPart = Annotated[InputText | OutputText | Refusal, Field(discriminator="type")]
@@ -67,7 +68,11 @@ Part = Annotated[_AnyPart, BeforeValidator(_readable, json_schema_input_type=_An
 
 
 def _as_parts(content: Any) -> Any:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+    if isinstance(content, str):
+        content = [content]
+    if not isinstance(content, list):
+        return content
+    return [{"type": "input_text", "text": part} if isinstance(part, str) else part for part in content]
 
 
 Parts = Annotated[
@@ -80,27 +85,22 @@ Parts = Annotated[
 class MessageItem(RequestModel):
     type: Literal["message"] = "message"
     role: Literal["user", "system", "developer", "assistant"]
-    content: Parts
-    id: Label | None = None
-    status: Status | None = None
-    phase: Literal["commentary", "final_answer"] | None = None
+    content: Parts = Field(default_factory=list)
 
 
 class FunctionCall(RequestModel):
+    """A call as a model made it: the name is any text, and the arguments may be no JSON object."""
+
     type: Literal["function_call"]
-    call_id: Annotated[str, Field(min_length=1, max_length=512)]
-    name: Name
-    arguments: Text
-    id: Label | None = None
-    status: Status | None = None
+    call_id: Text = ""
+    name: Text = ""
+    arguments: Any = None
 
 
 class FunctionCallOutput(RequestModel):
     type: Literal["function_call_output"]
-    call_id: Annotated[str, Field(min_length=1, max_length=512)]
-    output: Parts
-    id: Label | None = None
-    status: Status | None = None
+    call_id: Text = ""
+    output: Parts = Field(default_factory=list)
 
 
 class SummaryText(RequestModel):
@@ -115,11 +115,8 @@ class ReasoningText(RequestModel):
 
 class ReasoningItem(RequestModel):
     type: Literal["reasoning"]
-    id: Label | None = None
     summary: Annotated[list[SummaryText], Field(max_length=MAX_LIST, fail_fast=True)] = Field(default_factory=list)
     content: Annotated[list[ReasoningText], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
-    encrypted_content: Text | None = None
-    status: Status | None = None
 
 
 def _known_item(item: Any) -> Any:
@@ -133,7 +130,7 @@ def _known_item(item: Any) -> Any:
             "an item of the type '{kind}' was given, allowed are " + ", ".join(_ITEMS),
             {"kind": kind},
         )
-    return without_nulls(item)
+    return item
 
 
 _AnyItem = Annotated[MessageItem | FunctionCall | FunctionCallOutput | ReasoningItem, Field(discriminator="type")]
@@ -152,27 +149,41 @@ Items = Annotated[
 
 
 class FunctionTool(RequestModel):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     name: Name
     description: Text | None = None
-    parameters: JsonObject | None = None
+    parameters: (
+        Annotated[JsonObject, BeforeValidator(spellings.parameters, json_schema_input_type=JsonObject)] | None
+    ) = None
     strict: bool | None = None
 
 
-def _own_tool(tool: Any) -> Any:
-    kind = _kind(tool)
-    if kind is not None and kind != "function":
-        raise PydanticCustomError(
-            "functions_only", "the tool type '{kind}' is not available here, allowed is 'function'", {"kind": kind}
-        )
-    return tool
+def _flat_tool(tool: Any) -> Any:
+    """A tool in the shape of this API, where the function stands flat beside the type, also from chat's."""
+    nested = spellings.function_tool(tool)
+    function = nested.get("function") if isinstance(nested, dict) else None
+    return {"type": "function", **function} if isinstance(function, dict) else tool
 
 
-_Tool = Annotated[FunctionTool, BeforeValidator(_own_tool, json_schema_input_type=FunctionTool)]
+def _flat_choice(choice: Any) -> Any:
+    """A tool_choice in the shape of this API, also from chat's."""
+    plain = spellings.function_choice(choice)
+    if not isinstance(plain, dict):
+        return plain
+    if plain.get("type") == "allowed_tools":
+        allowed = plain["allowed_tools"]
+        tools = allowed.get("tools")
+        named = [_flat_choice(tool) for tool in tools] if isinstance(tools, list) else tools
+        return {"type": "allowed_tools", **allowed, "tools": named}
+    function = plain.get("function")
+    return {"type": "function", "name": function.get("name")} if isinstance(function, dict) else plain
+
+
+_Tool = Annotated[FunctionTool, BeforeValidator(_flat_tool, json_schema_input_type=FunctionTool)]
 
 
 class NamedFunction(RequestModel):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     name: Name
 
 
@@ -180,6 +191,9 @@ class AllowedTools(RequestModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
+
+
+_Choice = Literal["none", "auto", "required"] | NamedFunction | AllowedTools
 
 
 class TextFormat(RequestModel):
@@ -192,7 +206,7 @@ class TextFormat(RequestModel):
 
 class TextConfig(RequestModel):
     format: TextFormat | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Label | None = None  # of no effect
 
 
 class Reasoning(RequestModel):
@@ -201,10 +215,6 @@ class Reasoning(RequestModel):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
-
-
-class StreamOptions(RequestModel):
-    include_obfuscation: bool | None = None
 
 
 def _absent(value: Any, info: ValidationInfo) -> Any:
@@ -223,68 +233,81 @@ Stateful = Annotated[None, BeforeValidator(_absent)]
 StatefulFlag = Annotated[Literal[False] | None, BeforeValidator(_absent)]
 
 
-class ResponsesRequest(RequestModel):
-    """POST /v1/responses."""
+class InputTokensRequest(RequestModel):
+    """POST /v1/responses/input_tokens: what decides the length of a prompt."""
 
     model: Label | None = None
     input: Items
     instructions: Text | None = None
     tools: Annotated[list[_Tool], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedTools | None = None
+    tool_choice: Annotated[_Choice, BeforeValidator(_flat_choice, json_schema_input_type=_Choice)] | None = None
     parallel_tool_calls: bool | None = None
-    max_tool_calls: int | None = Field(default=None, ge=1, le=INT32)  # of tools that the server runs: there are none
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
-    max_output_tokens: int | None = Field(default=None, ge=1, le=INT32)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    truncation: Literal["disabled"] | None = None
-    include: (
-        Annotated[list[Literal["reasoning.encrypted_content"]], Field(max_length=MAX_LIST, fail_fast=True)] | None
-    ) = None
-    metadata: Metadata | None = None
+    truncation: Literal["auto", "disabled"] | None = None  # a prompt that does not fit is an error with either
+    chat_template_kwargs: TemplateArguments | None = None
     # what needs stored state
-    store: StatefulFlag = None
     background: StatefulFlag = None
     previous_response_id: Stateful = None
     conversation: Stateful = None
     prompt: Stateful = None
-    # sent by clients, of no effect here
-    user: Label | None = None
-    safety_identifier: Label | None = None
-    prompt_cache_key: Label | None = None
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
-    service_tier: Label | None = None
+
+    UNSUPPORTED: ClassVar[Mapping[str, Unsupported]] = unsupported.GENERATION
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = unsupported.WITHOUT_EFFECT_OF_RESPONSES
+
+    @classmethod
+    def simplify(cls, body: dict[str, Any], left_out: LeftOut) -> dict[str, Any]:
+        return super().simplify(spellings.runnable_tools(body, left_out), left_out)
+
+
+class ResponsesRequest(InputTokensRequest):
+    """POST /v1/responses."""
+
+    max_output_tokens: Maximum = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    stream: bool | None = None
+    # repeated in the answer, and else of no effect; tools that max_tool_calls counts are run by a server, and there are none
+    max_tool_calls: Any = None
+    metadata: JsonObject | None = None
+    user: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
     # the same extras as in /v1/chat/completions
-    top_k: int | None = Field(default=None, ge=-1, le=INT32)
+    top_k: Whole | None = Field(default=None, ge=-1, le=INT32)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: int | None = Field(default=None, ge=-INT64, le=INT64)
-    stop: Label | Annotated[list[Label], Field(max_length=MAX_LIST, fail_fast=True)] | None = None
-    chat_template_kwargs: TemplateArguments | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed = None
+    stop: Stops | None = None
+
+    @classmethod
+    def simplify(cls, body: dict[str, Any], left_out: LeftOut) -> dict[str, Any]:
+        unsupported.LOGPROBS.check("top_logprobs", whole(body.get("top_logprobs", 0)))
+        include = body.get("include")
+        if isinstance(include, list) and "message.output_text.logprobs" in include:
+            unsupported.LOGPROBS.check("include", include)
+        return super().simplify(spellings.renamed(body, {"max_tokens": "max_output_tokens"}), left_out)
 
 
 _SAME = (
     *("model", "stream", "user", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("presence_penalty", "frequency_penalty", "parallel_tool_calls", "chat_template_kwargs"),
+    *("presence_penalty", "frequency_penalty", "logit_bias", "parallel_tool_calls", "chat_template_kwargs"),
 )
 
 
-def chat_fields(request: ResponsesRequest) -> dict[str, Any]:
+def chat_fields(request: InputTokensRequest) -> dict[str, Any]:
     """The same request in the shape of /v1/chat/completions, only with fields that were given.
 
     Raises ValueError, naming the field, where parts of the request contradict each other.
     """
-    fields: dict[str, Any] = {name: value for name in _SAME if (value := getattr(request, name)) is not None}
+    fields: dict[str, Any] = {name: value for name in _SAME if (value := getattr(request, name, None)) is not None}
     if "chat_template_kwargs" in fields:
         fields["chat_template_kwargs"] = fields["chat_template_kwargs"].model_dump(exclude_none=True)
     fields["messages"] = _messages(request)
-    if request.max_output_tokens is not None:
+    if isinstance(request, ResponsesRequest) and request.max_output_tokens is not None:
         fields["max_tokens"] = request.max_output_tokens
     if request.tools:
         functions = (tool.model_dump(exclude={"type"}, exclude_none=True) for tool in request.tools)
@@ -314,20 +337,16 @@ def _response_format(given: TextFormat) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": schema | {"schema": given.schema_}}
 
 
-def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
+def _messages(request: InputTokensRequest) -> list[dict[str, Any]]:
     """Items become messages; what the assistant thought, said and called in one turn becomes one message."""
     messages: list[dict[str, Any]] = []  # whose texts are lists of pieces until all items are read
     names: dict[str, str] = {}  # of functions, by the id of the call
     if request.instructions:
         messages.append({"role": "system", "content": [request.instructions]})
-    for index, item in enumerate(request.input):
+    for item in request.input:
         last: dict[str, Any] = messages[-1] if messages else {"role": None}
         if isinstance(item, FunctionCallOutput):
-            if item.call_id not in names:
-                raise ValueError(
-                    f"input[{index}].call_id is {item.call_id!r}, but no earlier function_call has that call_id"
-                )
-            result = {"role": "tool", "tool_call_id": item.call_id, "name": names[item.call_id]}
+            result = {"role": "tool", "tool_call_id": item.call_id, "name": names.get(item.call_id)}
             messages.append({**result, "content": [_joined(item.output)]})
         elif isinstance(item, MessageItem) and item.role != "assistant":
             role = "user" if item.role == "user" else "system"

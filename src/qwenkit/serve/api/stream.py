@@ -7,8 +7,10 @@ first byte becomes an error event, in the shape that `error_event` gives it, and
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -20,6 +22,26 @@ from qwenkit.serve.errors import ApiError, internal_error
 log = logging.getLogger("qwenkit.serve")
 
 DONE = b"data: [DONE]\n\n"
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+"""What the OpenAPI document says of the answers of a route that streams where it is asked to."""
+
+COMMENT = b": keep-alive\n\n"  # clients pass over it
+SILENT_SECONDS = 1.0
+
+
+class Silence:
+    """How long a stream has sent nothing, while the model writes what is held back: a call is told when it is complete."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def breaks(self, sending: bool) -> bool:
+        """Called at each step of the engine; whether something has to be sent so that the client sees a living stream."""
+        now = time.monotonic()
+        if not sending and now - self._last < SILENT_SECONDS:
+            return False
+        self._last = now
+        return not sending
 
 
 def openai_error(error: ApiError) -> bytes:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from qwenkit.engine.grammar import _WHITESPACE as WHITESPACE
 from qwenkit.engine.grammar import Grammar, choice_rules
 from qwenkit.engine.grammar_compiler import GrammarBusyError, GrammarCompiler
 from qwenkit.serve.api.protocol import GenerationRequest
 from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError
 from qwenkit.text.answer import THINK, THINK_END
+from qwenkit.text.json_schema import for_grammar
 from qwenkit.text.tokenizer import Tokenizer
 
 RETRY_AFTER = "5"  # seconds
@@ -98,19 +98,34 @@ def bad_grammar(field: str, error: ValueError) -> ApiError:
     return ApiError(400, f"{field}: {error}", param=field, code="invalid_grammar")
 
 
-async def check_compiles(compiler: GrammarCompiler, grammar: Grammar, field: str) -> None:
+async def check_compiles(
+    compiler: GrammarCompiler, grammar: Grammar, field: str, parts: Sequence[tuple[str, Grammar]] = ()
+) -> None:
     """Compile a grammar on trial, in the turn of the caller of the running task.
 
+    parts: what the grammar is made from, each with what to call it, so that a refusal names the one that is at fault.
     Raises ApiError: 400 for one that cannot be used, 429 where too many grammars of the same caller wait.
     """
+    try:
+        await _compile(compiler, grammar, field)
+    except ValueError as error:
+        wrong = error
+        for name, part in parts:
+            try:
+                await _compile(compiler, part, field)
+            except ValueError as reason:
+                wrong = ValueError(f"{name}: {reason}" if name else str(reason))
+                break
+        raise bad_grammar(field, wrong) from None
+
+
+async def _compile(compiler: GrammarCompiler, grammar: Grammar, field: str) -> None:
     try:
         await compiler.check_async(grammar, caller.get().namespace)
     except GrammarBusyError as error:
         raise ApiError(
             429, f"{field}: {error}", "rate_limit_error", field, "queue_full", {"Retry-After": RETRY_AFTER}
         ) from None
-    except ValueError as error:
-        raise bad_grammar(field, error) from None
 
 
 def among(grammar: Grammar, tokenizer: Tokenizer, *, may_think: bool, calls: str = "") -> Grammar:
@@ -121,7 +136,7 @@ def among(grammar: Grammar, tokenizer: Tokenizer, *, may_think: bool, calls: str
     rules = [f"start: {'thought? ' if may_think else ''}({'calls | ' if calls else ''}answer)"]
     if may_think:
         rules += [
-            f"thought: {_tag(tokenizer, THINK)} THOUGHT {_tag(tokenizer, THINK_END)} /\\n*/",
+            f"thought: {_tag(tokenizer, THINK)} THOUGHT {_tag(tokenizer, THINK_END)} /\\n{{0,2}}/",
             r"THOUGHT: /(.|\n)*/",
         ]
     if calls:
@@ -146,8 +161,5 @@ def _inline(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         pattern = re.sub(r"\\.|/", lambda match: "\\/" if match[0] == "/" else match[0], source, flags=re.DOTALL)
         return "/" + pattern.replace("\n", "\\n") + "/"
-    schema = {"type": "object"} if grammar.kind == "json_object" else json.loads(source)
-    if isinstance(schema, bool):
-        schema = {} if schema else {"enum": []}
     # as strict as the engine is with a schema that stands alone
-    return "%json " + json.dumps(schema | {"x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": False}})
+    return "%json " + for_grammar('{"type": "object"}' if grammar.kind == "json_object" else source)

@@ -8,19 +8,23 @@ import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from qwenkit.serve.api.protocol import Metadata
 from qwenkit.serve.batch.files import PURPOSE, find, lifetime, no_file, page
 from qwenkit.serve.batch.rows import BatchRow
 from qwenkit.serve.batch.service import Batches, lifespan, owner, the_batches
-from qwenkit.serve.body import JsonRoute, RequestModel
+from qwenkit.serve.body import JsonRoute, RequestModel, Whole, at_most
 from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError
 
 router = APIRouter(lifespan=lifespan, route_class=JsonRoute)
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+    BeforeValidator(at_most(16)),
+]
 _LONGEST = 30 * 86400
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 TheBatches = Annotated[Batches, Depends(the_batches)]
@@ -28,7 +32,7 @@ TheBatches = Annotated[Batches, Depends(the_batches)]
 
 class OutputExpiresAfter(RequestModel):
     anchor: Literal["created_at"]
-    seconds: int
+    seconds: Whole
 
 
 class BatchRequest(RequestModel):
