@@ -16,7 +16,7 @@ from qwenkit.train.plan import plan_memory
 from qwenkit.train.settings_file import read_settings
 from tests.conftest import ROOT
 
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name != "sizes.yaml")
+RECIPES = sorted(path for path in (ROOT / "src" / "qwenkit" / "recipes").glob("*.yaml") if path.name != "sizes.yaml")
 SIZES_OF_DOCUMENT_003 = ("0.5b", "1.8b", "4b", "7b", "14b", "32b", "72b")
 
 
@@ -56,12 +56,32 @@ def test_recipe_fits_its_gpus(path: Path) -> None:
         ("Qwen1.5-32B", 32.51),
         ("Qwen1.5-72B", 72.29),
         ("Qwen-14B-Chat", 14.17),
+        ("Qwen1.5-MoE-A2.7B-Chat", 14.32),
+        ("Qwen2-57B-A14B-Instruct", 57.41),
+        ("Qwen2.5-3B", 3.09),
+        ("Qwen2.5-7B-Instruct", 7.62),
+        ("Qwen2.5-14B", 14.77),
+        ("Qwen2.5-32B-Instruct", 32.76),
+        ("Qwen2.5-72B", 72.71),
+        ("Qwen2.5-Coder-0.5B-Instruct", 0.49),
+        ("Qwen3-0.6B-Base", 0.60),
+        ("Qwen3-8B", 8.19),
+        ("Qwen3-32B", 32.76),
+        ("Qwen3-30B-A3B-Instruct-2507", 30.53),
+        ("Qwen3-235B-A22B", 235.09),
+        ("Qwen3-Coder-480B-A35B-Instruct", 480.15),
     ],
 )
 def test_sizes_are_those_of_the_published_models(name: str, billions: float) -> None:
-    sizes = find_sizes(f"Qwen/{name}", ROOT / "recipes")
+    sizes = find_sizes(f"Qwen/{name}", ROOT / "src" / "qwenkit" / "recipes")
     plan = plan_memory(sizes, TrainConfig(method="qlora", cutoff_len=64))
     assert plan.parameters - plan.trained == pytest.approx(billions * 1e9, rel=0.01)
+
+
+def test_recipes_and_sizes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "Qwen/Qwen2.5-7B" in run("Qwen/Qwen2.5-7B", "method=lora", "cutoff_len=64")
+    assert "72" in run("recipes/qwen1.5-72b-finetune.yaml", "--gpus", "32")
 
 
 def run(*words: str, code: int = 0) -> str:

@@ -7,13 +7,14 @@ one JSON line; exit code 1 where it does not fit. What is predicted and how is t
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwenkit.cli.options import nearest
+from qwenkit.settings import nearest
 
 if TYPE_CHECKING:
     from qwenkit.model.config import ModelConfig
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from qwenkit.train.plan import MemoryPlan
 
 SIZES = "sizes.yaml"
+# What the name of a variant says beside the size of the model.
+_VARIANT = re.compile(r"-(Instruct|Chat|Base|Thinking)(-\d{4})?$")
 ROWS = ("weights", "gradients", "optimizer", "activations", "gathered", "runtime", "total")
 
 
@@ -48,19 +51,19 @@ def train(
 ) -> None:
     """Predict the memory of a training run of MODEL_OR_CONFIG on each device.
 
-    It is a model folder, a config.json, a training YAML (of qwenkit or LLaMA-Factory), a name in recipes/sizes.yaml, or a model
-    that is on this disk already. Every sample is taken to be cutoff_len tokens long.
+    It is a model folder, a config.json, a training YAML (of qwenkit or LLaMA-Factory), the name of a released model of Qwen, or a
+    model that is on this disk already. Every sample is taken to be cutoff_len tokens long.
     """
     from qwenkit.compat.translate import translate
     from qwenkit.settings import parse_size
     from qwenkit.train.config import TrainConfig
     from qwenkit.train.plan import largest_batch, plan_memory
-    from qwenkit.train.settings_file import parse_assignments, read_settings
+    from qwenkit.train.settings_file import find_recipe, parse_assignments, read_settings
 
     if gpus < 0 or per_node < 1:
         raise ValueError(f"gpus is {gpus} and per-node {per_node}, allowed are at least 0 and at least 1")
     memory = None if gpu_memory is None else parse_size("gpu-memory", gpu_memory, example="80GiB")
-    path = Path(model_or_config)
+    path = find_recipe(model_or_config)
     own: dict[str, Any] = {"model": model_or_config}
     folder = Path()
     if path.suffix in (".yaml", ".yml"):
@@ -82,7 +85,7 @@ def train(
 
 
 def find_sizes(name: str, folder: Path = Path()) -> ModelConfig:
-    """The ModelConfig of a folder, a config.json, a name in sizes.yaml of `folder` or of ./recipes, or a cached model.
+    """The ModelConfig of a folder, a config.json, a cached model, or a name in sizes.yaml of `folder` or of the recipes.
 
     Raises ValueError where there is none of them.
     """
@@ -115,24 +118,26 @@ def _find(name: str, folder: Path) -> dict[str, Any] | Path:
     """A model on this disk, or else what its config.json says."""
     from qwenkit.files import has_file, read_json
     from qwenkit.hub.find import find_model
-    from qwenkit.train.settings_file import read_settings
+    from qwenkit.train.settings_file import RECIPES, read_settings
 
     path = Path(name).expanduser()
     if path.suffix == ".json" and has_file(path):
         return read_json(path)  # to YAML 1e-06 is a text
     if path.exists():
         return path
-    known: dict[str, Any] = {}
-    for table in (folder / SIZES, Path("recipes") / SIZES):
-        if table.is_file():
-            known = read_settings(table) | known
-    if name in known:
-        return dict(known[name])
+    known = read_settings(RECIPES / SIZES)
+    if (folder / SIZES).is_file():
+        known |= read_settings(folder / SIZES)
     try:
         return find_model(name, download=False)
     except (ValueError, FileNotFoundError):
-        hint = nearest(name, known) if known else "no recipes/sizes.yaml is here either"
-        raise ValueError(f"{name!r} is no model folder, config.json or name in {SIZES}; {hint}") from None
+        size = _VARIANT.sub("", re.sub(r"^(hf|ms):", "", name))
+        for one in (name, size, f"Qwen/{size}"):
+            if one in known:
+                return dict(known[one])
+        raise ValueError(
+            f"{name!r} is no model folder, config.json or name in {SIZES}; {nearest(name, known)}"
+        ) from None
 
 
 def _table(config: TrainConfig, plan: MemoryPlan, gpus: int, memory: int | None, batch: int | None) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,7 +18,7 @@ from qwenkit.compat.sources import read_flags
 from qwenkit.compat.translate import translate
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.launch import Launch, check_environment, run, started_by_torchrun
-from qwenkit.train.settings_file import parse_assignments, read_settings
+from qwenkit.train.settings_file import find_recipe, parse_assignments, read_settings
 
 
 class _TrainVerb(Verb):
@@ -46,7 +45,7 @@ def _text(value: Any) -> str:
     context_settings={"ignore_unknown_options": True},
     epilog="""\b
 Examples:
-  qwenkit train model=smollm2 dataset=identity dataset_dir=data output_dir=out variables=name=Kit
+  qwenkit train model=smollm2 dataset=identity output_dir=out "variables=[name=Kit, author=Acme]"
   qwenkit train run.yaml learning_rate=1e-4 --max-steps 100
   qwenkit train run.yaml --check
   qwenkit train run.yaml --nproc 8 --nnodes 2 --node-rank 0 --master 10.0.0.1""",
@@ -98,7 +97,7 @@ def read_config(words: Sequence[str], *, processes: int = 1) -> tuple[TrainConfi
     plain, flags = list(words[:first_flag]), words[first_flag:]
     settings: dict[str, Any] = {}
     if plain and "=" not in plain[0]:
-        settings = read_settings(Path(plain.pop(0)))
+        settings = read_settings(find_recipe(plain.pop(0)))
     processes = int(os.environ.get("WORLD_SIZE", processes)) if started_by_torchrun() else processes
     translation = translate(settings, parse_assignments(plain), read_flags(flags), processes=processes)
     return TrainConfig.from_settings(translation.settings), translation.notes

@@ -6,16 +6,16 @@ the thing; compat/ translates its other keys, and the flags of Qwen's finetune.p
 
 from __future__ import annotations
 
-import difflib
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from qwenkit.settings import nearest
 from qwenkit.text.chatml import NAMED
 
 
@@ -346,10 +346,3 @@ def _steps_or_share(name: str, value: Any, low: int) -> None:
         raise ValueError(
             f"{name} is {value!r}, allowed is a whole number, {low} or more, or a share of all steps between 0 and 1"
         )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: which known one was probably meant, else all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

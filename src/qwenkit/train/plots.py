@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwenkit.installation import install_extra
 from qwenkit.storage import new_file
 from qwenkit.train.log import LOG, read_log
 
@@ -32,7 +33,7 @@ def plot_losses(folder: Path) -> list[Path]:
     try:
         from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ModuleNotFoundError:
-        raise ValueError("plot_loss needs the extra plot: pip install 'qwenkit[plot]'") from None
+        raise ValueError(f"plot_loss needs the extra plot: {install_extra('plot')}") from None
     drawn = []
     for key, name in FILES.items():
         points = [(r["current_steps"], r[key]) for r in read_log(folder / LOG) if isinstance(r.get(key), int | float)]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwenkit.hub.find import find_model
+from qwenkit.installation import install_extra
 from qwenkit.model.config import ModelConfig
 from qwenkit.settings import parse_size
 from qwenkit.train.checkpoint import verify_checkpoint
@@ -36,7 +37,7 @@ def check_settings(config: TrainConfig) -> None:
     parse_size("export_size", config.export_size, unit="GB", example="4GB")
     check_reporters(config)
     if config.plot_loss and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plot_loss needs the extra plot: pip install 'qwenkit[plot]'")
+        raise ValueError(f"plot_loss needs the extra plot: {install_extra('plot')}")
 
 
 def check_model(config: TrainConfig, checkpoint: Checkpoint, processes: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwenkit.installation import install_package
 from qwenkit.train.config import TrainConfig
 from qwenkit.train.log import Callback, Record, Silent
 
@@ -92,7 +93,7 @@ def check_reporters(config: TrainConfig) -> None:
     for name in config.report_to:
         package = "tensorboard" if name == "tensorboard" else name
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"report_to names {name}, which is not installed: pip install {name}")
+            raise ValueError(f"report_to names {name}, which is not installed: {install_package(name)}")
 
 
 def reporters(config: TrainConfig) -> list[Callback]:
@@ -103,6 +104,6 @@ def reporters(config: TrainConfig) -> list[Callback]:
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError:
-            raise ValueError(f"report_to names {name}, which is not installed: pip install {name}") from None
+            raise ValueError(f"report_to names {name}, which is not installed: {install_package(name)}") from None
         found.append(make(config, module))
     return found

@@ -20,7 +20,7 @@ from qwenkit.train.parts import Progress
 from qwenkit.train.plots import FILES
 
 RESULTS = "all_results.json"
-_FINISHED = (RESULTS, "config.json", "adapter_config.json")  # what a finished run, or a model, is known by
+_EARLIER = (RESULTS, "config.json", "adapter_config.json", LOG)  # what another run, or a model, is known by
 _NAMES = {field.name for field in fields(TrainConfig)}
 
 
@@ -35,7 +35,7 @@ def check_folders(config: TrainConfig, folder: Path) -> None:
         )
     earlier = [path.name for path in reversed(checkpoints(folder).values())]
     if wanted is None or (wanted == "latest" and not earlier):
-        found = [*earlier, *(name for name in _FINISHED if (folder / name).is_file())]
+        found = [*earlier, *(name for name in _EARLIER if (folder / name).is_file())]
         if found and not config.overwrite_output_dir:
             raise ValueError(
                 f"output_dir {folder} holds {found[0]} of an earlier run; "

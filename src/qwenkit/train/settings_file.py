@@ -10,6 +10,17 @@ import yaml
 
 from qwenkit.files import read_text
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""Training configurations that come with qwenkit; `recipes/NAME.yaml` names one of them from wherever one stands."""
+
+
+def find_recipe(name: str) -> Path:
+    """The path of a configuration: a file, or one that comes with qwenkit under the name recipes/NAME.yaml."""
+    path = Path(name)
+    if not path.exists() and path.parts[:1] == ("recipes",) and (RECIPES / Path(*path.parts[1:])).is_file():
+        return RECIPES / Path(*path.parts[1:])
+    return path
+
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The keys of a YAML or JSON file; none of them is checked yet.

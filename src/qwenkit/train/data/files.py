@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwenkit.files import has_file, open_file
+from qwenkit.installation import install_extra
 from qwenkit.train.data.csv_rows import read_rows
 from qwenkit.train.data.mindrecord import MindRecordReader
 
@@ -297,7 +298,7 @@ def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
-        raise ValueError(f"{path} needs pyarrow to be read: pip install 'qwenkit[data]'") from None
+        raise ValueError(f"{path} needs pyarrow to be read: {install_extra('data')}") from None
     return pyarrow
 
 

@@ -6,19 +6,20 @@ Only local files are read: an entry that points to a hub or a loading script is 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenkit.train.config import nearest
+from qwenkit.settings import near, nearest
 from qwenkit.train.data.files import file_kind
 from qwenkit.train.data.mindrecord import partitions
 from qwenkit.weights.stored import read_json
 
 REGISTRY = "dataset_info.json"
+BUILTIN = Path(__file__).parent / "builtin"
+"""A folder like dataset_dir: small data sets that come with qwenkit, for names that dataset_dir does not know."""
 FORMATS = ("auto", "alpaca", "sharegpt", "openai", "text", "wiki", "tokens")
 _REMOTE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _KEYS = ("file_name", "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags", *_REMOTE)
@@ -59,7 +60,8 @@ class DataSource:
 
 
 def find_sources(names: Sequence[str], dataset_dir: Path) -> list[DataSource]:
-    """The data sets called `names`: entries of dataset_dir/dataset_info.json, else paths, beside it or from where we stand.
+    """The data sets called `names`: entries of dataset_dir/dataset_info.json, else paths, beside it or from where we stand,
+    else data sets that come with qwenkit.
 
     Raises ValueError for a name that is neither (naming the nearest entry), an entry with an unknown key, and one that is not
     a local file; FileNotFoundError for an entry whose file is missing.
@@ -72,6 +74,9 @@ def find_sources(names: Sequence[str], dataset_dir: Path) -> list[DataSource]:
             sources.append(_entry(name, registry[name], dataset_dir))
             continue
         places = [place for place in (dataset_dir / name, Path(name)) if place.exists()]
+        if not places and name in (builtin := read_json(BUILTIN / REGISTRY)):
+            sources.append(_entry(name, builtin[name], BUILTIN))
+            continue
         if not places:
             where = f"no entry of {path}" if registry else f"no data set: there is no {path}"
             hint = f"; {nearest(name, registry)}" if registry else ""
@@ -111,8 +116,8 @@ def _unknown(where: str, given: Iterable[str], known: Sequence[str]) -> list[str
     """A note on keys that are not known, such as checksums and remarks. ValueError for what seems to be a known one misspelt."""
     unknown = [key for key in given if key not in known]
     for key in unknown:
-        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
-            raise ValueError(f"{where} has the unknown key {key!r}; did you mean {near[0]}?")
+        if (meant := near(key, known)) is not None:
+            raise ValueError(f"{where} has the unknown key {key!r}; did you mean {meant}?")
     return [f"{where}: {', '.join(unknown)} ha{'s' if len(unknown) == 1 else 've'} no effect"] if unknown else []
 
 
