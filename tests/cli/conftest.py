@@ -113,6 +113,7 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> list[FakeLLM]:
     """The models that were opened; in this test each is a fake."""
     monkeypatch.setattr(FakeLLM, "instances", [])
     monkeypatch.setitem(sys.modules, "qwenkit.engine.llm", SimpleNamespace(LLM=FakeLLM))  # type: ignore[misc]
+    monkeypatch.setattr("qwenkit.hub.find.find_model", lambda name, **_: name)
     return FakeLLM.instances
 
 

@@ -17,6 +17,7 @@ from qwenkit.cli import bench_measure as measuring
 from qwenkit.cli.bench_measure import Limits
 from qwenkit.cli.main import cli
 from qwenkit.engine.config import WEIGHTS
+from qwenkit.installation import install_extra
 from tests.tiny_models import SIZES, write_model
 
 FLAGS = ["--prefill=20", "--decode=4", "--batch=3", "--batch-prompt=6", "--batch-decode=5", "--repeat=2"]
@@ -124,7 +125,7 @@ def test_plot_without_matplotlib(runner: CliRunner, monkeypatch: pytest.MonkeyPa
     result = invoke(runner, "absent", "--plot", str(tmp_path / "speed.png"))
     assert (result.exit_code, result.stderr) == (
         2,
-        "error: plot as .png needs matplotlib: pip install 'qwenkit[plot]'\n",
+        f"error: plot as .png needs matplotlib: {install_extra('plot')}\n",
     )
 
 

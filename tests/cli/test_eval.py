@@ -114,7 +114,7 @@ def test_variants(text: str, expected: object) -> None:
         (["--report=weight=int4"], "weight is no setting; did you mean weights?"),
         (["--report=weights=int5"], "weights is 'int5', allowed are"),
         (["--report=a,b"], "allowed is a model, settings such as weights=int4, or both"),
-        (["--report=a.png", "--report=b.png"], "report names 2 .png files, allowed is one"),
+        (["--report=a.png", "--report=b.png"], "plot names 2 .png files, allowed is one"),
         (["--report=no/such/folder/a.png"], "but there is no folder"),
         (["--kv-cache-dtype=int2"], "kv_cache_dtype is 'int2', allowed are auto"),
     ],

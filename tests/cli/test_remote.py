@@ -163,7 +163,8 @@ def test_characters_split_over_packets_arrive_whole(text: str, data: st.DataObje
         assert "".join(piece.text for piece in remote.stream(MESSAGES, SamplingParams())) == text
 
 
-def test_the_key_and_the_first_model(server: Server) -> None:
+def test_the_key_and_the_only_model(server: Server) -> None:
+    server.models = body(200, {"data": [{"id": "first"}]})
     with closing(Remote(server.url + "/v1/", None, "sk-1")) as remote:
         assert remote.name == "first"
         assert server.requests[-1][0] == "/v1/models"
@@ -237,7 +238,13 @@ def test_nobody_there() -> None:
 @pytest.mark.parametrize("content", [b"no JSON", {}, {"data": []}, {"data": [{"id": 5}]}, []])
 def test_a_server_without_models(server: Server, content: Any) -> None:
     server.models = body(200, content)
-    with pytest.raises(ValueError, match="lists no models: give the name of one as MODEL"):
+    with pytest.raises(ValueError, match="lists no models: name one with --model"):
+        Remote(server.url, None, None)
+
+
+def test_a_server_with_several_models(server: Server) -> None:
+    server.models = body(200, {"data": [{"id": "first"}, {"id": "second"}]})
+    with pytest.raises(ValueError, match=r"has several models: choose one with --model \(first, second\)"):
         Remote(server.url, None, None)
 
 
@@ -295,20 +302,21 @@ def test_keys() -> None:
 
 def test_the_verb(server: Server, runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-env")
+    server.models = body(200, {"data": [{"id": "first"}]})
     result = runner.invoke(cli, ["chat", "--url", server.url, "--top-k", "2"], input="hello")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "Hi\n", "")
     _, headers, sent = server.requests[-1]
     assert headers["Authorization"] == "Bearer sk-env"
     assert (sent["model"], sent["messages"], sent["top_k"]) == ("first", [{"role": "user", "content": "hello"}], 2)
     server.answer = body(500, b"")
-    result = runner.invoke(cli, ["chat", "m", "hello", "--url", server.url])
+    result = runner.invoke(cli, ["chat", "hello", "--model", "m", "--url", server.url])
     assert (result.exit_code, result.stderr) == (2, f"error: {server.url}/v1 answered 500 Internal Server Error\n")
 
 
 def test_no_torch_on_this_path(server: Server) -> None:
     code = (
         "import sys; from qwenkit.cli.main import cli;"
-        f"cli(['chat', 'm', 'hello', '--url', {server.url!r}], standalone_mode=False);"
+        f"cli(['chat', 'hello', '--model', 'm', '--url', {server.url!r}], standalone_mode=False);"
         "import qwenkit.cli.conversation.terminal; sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -163,3 +163,11 @@ def test_numbers() -> None:
         meter.note(Piece("x", tokens=2, finish_reason="length" if place == 2 else None), now)
     assert meter.summary() == "6 tokens, 4.0 tokens/s, first after 0.50 s, cut at the longest allowed length"
     assert meter.summary(stopped=True).endswith("first after 0.50 s, stopped")
+
+
+def test_an_answer_is_wrapped_at_the_width_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Screen, "width", property(lambda self: 12 if self.is_terminal else None))
+    pieces = ["several wo", "rds, 你好世界", "你好 end"]
+    for out, shown in ((Tty(), "several \nwords, 你好\n世界你好 end\n"), (io.StringIO(), "".join(pieces) + "\n")):
+        show_answer((Piece(text) for text in pieces), Screen(out), Meter(asked=0.0))
+        assert out.getvalue() == shown

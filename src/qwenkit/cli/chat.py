@@ -10,21 +10,23 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from qwenkit.cli.conversation.screen import Meter, Screen, show_answer
+from qwenkit.cli.conversation.keyboard import held_keys
+from qwenkit.cli.conversation.screen import Meter, Screen, doing_of, show_answer
+from qwenkit.cli.conversation.spinner import Spinner
 from qwenkit.cli.conversation.state import NOT_IN_CHAT, Conversation, Piece, Talker
 from qwenkit.cli.options import Verb, dataclass_options, given
 from qwenkit.compat.verbs import Inference, is_settings_file, read_inference
 from qwenkit.engine.config import EngineConfig
 from qwenkit.engine.sampling import SamplingParams
 
-DEFAULT_MODEL = "smollm2"
+DEFAULT_MODEL = "smollm2"  # hub.smollm2.ALIAS, without importing it
 NOT_A_FLAG = ("seed",)  # --seed is the request's
 
 
@@ -35,13 +37,17 @@ Examples:
   qwenkit chat
   qwenkit chat smollm2 "What is the capital of Germany?" --temperature 0
   git diff | qwenkit chat Qwen/Qwen3-0.6B "Write a commit message for this."
-  qwenkit chat qwen-plus --url https://dashscope.aliyuncs.com/compatible-mode/v1""",
+  qwenkit chat --url http://127.0.0.1:8000/v1 "Hello"
+  qwenkit chat --url https://dashscope.aliyuncs.com/compatible-mode/v1 --model qwen-plus""",
 )
 @click.argument("model", required=False)
 @click.argument("prompt", required=False)
+@click.option(
+    "--model", "named", metavar="MODEL", help="The same as the first word; with --url the only way to name a model."
+)
 @click.option("--system", metavar="TEXT", help="System text; the model's own by default.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template (base models).")
-@click.option("--url", metavar="URL", help="Talk to an OpenAI-compatible server; MODEL is then its name for a model.")
+@click.option("--url", metavar="URL", help="Talk to an OpenAI-compatible server; what is not a flag is then PROMPT.")
 @click.option(
     "--api-key", metavar="KEY", help="Key for --url; else OPENAI_API_KEY, for DashScope's hosts DASHSCOPE_API_KEY."
 )
@@ -50,6 +56,7 @@ Examples:
 def chat(
     model: str | None,
     prompt: str | None,
+    named: str | None,
     system: str | None,
     raw: bool,
     url: str | None,
@@ -61,6 +68,7 @@ def chat(
     With PROMPT, or with text piped in (it is put after PROMPT when both are given), one answer is written to standard output.
     Without, a conversation begins; /help in it shows its commands.
     """
+    model, prompt = _model_and_prompt(model, prompt, named, url)
     settings = given(SamplingParams, values)
     engine = given(EngineConfig, {name: value for name, value in values.items() if name not in NOT_A_FLAG})
     file: Inference | None = None
@@ -83,7 +91,24 @@ def chat(
         if text is None:
             _converse(conversation)
         else:
-            _answer_once(talker.stream(text, conversation.params()) if raw else conversation.ask(text))
+            _answer_once(
+                talker.stream(text, conversation.params()) if raw else conversation.ask(text), doing_of(talker)
+            )
+
+
+def _model_and_prompt(
+    first: str | None, second: str | None, named: str | None, url: str | None
+) -> tuple[str | None, str | None]:
+    """Which of the words is what: with --url, and where --model names the model, the one word is PROMPT."""
+    if named is None and url is None:
+        return first, second
+    if second is not None:
+        given = "--url" if named is None else "--model"
+        raise click.UsageError(
+            f"With {given} there is one PROMPT and no MODEL before it, given were {first!r} and {second!r}; "
+            "--model names the model."
+        )
+    return named, first
 
 
 def _check_flags(
@@ -120,16 +145,26 @@ def _talker(
         with closing(Remote(url, model, find_key(url, api_key, os.environ))) as remote:
             yield remote
     else:
-        from qwenkit.cli.conversation.local import Local
-        from qwenkit.engine.llm import LLM
+        from qwenkit.hub import smollm2
+        from qwenkit.hub.find import find_model
 
         name = model if model is not None else DEFAULT_MODEL
-        if file is None:
-            yield Local(LLM(name, config, progress=sys.stderr.isatty()), name)
-            return
-        lora = {} if file.adapter is None else {Path(file.adapter).name: file.adapter}
-        llm = LLM(name, config, lora=lora, template=file.template, progress=sys.stderr.isatty())
-        yield Local(llm, name, adapter=next(iter(lora), None), variables=file.variables)
+        path = find_model(name, progress=sys.stderr.isatty())  # a download has a bar of its own
+        adapter = None if file is None else file.adapter
+        lora = {} if adapter is None else {Path(adapter).name: adapter}
+        # What is typed while it loads waits for the prompt, too.
+        with held_keys(sys.stdin), Spinner(sys.stderr, lambda: f"loading {name}"):
+            from qwenkit.cli.conversation.local import Local
+            from qwenkit.engine.llm import LLM
+
+            llm = LLM(path, config) if file is None else LLM(path, config, lora=lora, template=file.template)
+        yield Local(
+            llm,
+            name,
+            adapter=next(iter(lora), None),
+            variables=None if file is None else file.variables,
+            defaults=smollm2.CHAT_DEFAULTS if name == smollm2.ALIAS else None,
+        )
 
 
 def _whole_prompt(prompt: str | None) -> str | None:
@@ -162,9 +197,9 @@ def _read_stdin() -> str:
         notice.cancel()
 
 
-def _answer_once(pieces: Generator[Piece, None, None]) -> None:
+def _answer_once(pieces: Generator[Piece, None, None], doing: Callable[[], str]) -> None:
     meter = Meter(asked=time.monotonic())
-    show_answer(pieces, Screen(sys.stdout), meter)
+    show_answer(pieces, Screen(sys.stdout), meter, doing)
     numbers = Screen(sys.stderr)
     if numbers.is_terminal:
         numbers.line(meter.summary(), dim=True)

@@ -203,6 +203,14 @@ class LLM:
         ids = self.encode(prompt, tools=tools, allow_special=allow_special, **variables)
         return self._deltas(ids, params, adapter)
 
+    @property
+    def prefill_progress(self) -> tuple[int, int] | None:
+        """(computed, all) tokens of the prompts that are being read; None while there are none. Any thread may ask."""
+        reading = [item for item in list(self.engine.scheduler.running) if item.num_computed < item.num_prompt]
+        if not reading:
+            return None
+        return sum(item.num_computed for item in reading), sum(item.num_prompt for item in reading)
+
     def as_completed(
         self, requests: Iterable[tuple[Prompt, SamplingParams | None]], *, adapter: str | None = None
     ) -> Iterator[tuple[int, RequestOutput]]:

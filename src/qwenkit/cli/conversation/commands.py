@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenkit.cli.conversation.state import SETTINGS, Conversation, Piece, setting
-from qwenkit.cli.options import nearest
+from qwenkit.settings import nearest
 
 DEFAULT = "default"  # `/set temperature default`, `/system default`: take a setting back
 
@@ -59,6 +59,15 @@ def _history(conversation: Conversation, _: str) -> Outcome:
     for message in conversation.messages:
         lines.append(f"{message.role}{' (stopped)' if message.partial else ''}: {message.content}")
     return Outcome("\n".join(lines) or "no messages yet")
+
+
+def _show(conversation: Conversation, _: str) -> Outcome:
+    shown = [name for name in SETTINGS if name in _SHOWN or name in conversation.settings]
+    head = [f"{'model':<20} {conversation.talker.name}", _system(conversation, "").show]
+    return Outcome("\n".join([*head, *(_tell(name, conversation) for name in shown)]))
+
+
+_SHOWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")  # what most decides an answer
 
 
 def _undo(conversation: Conversation, _: str) -> Outcome:
@@ -174,6 +183,7 @@ COMMANDS = {
         "set the system text; alone: show it; `default`: the model's own",
         "设置系统提示；不带参数则显示；default 恢复模型自带的提示",
     ),
+    "show": Command(_show, "", "show model, system text and settings", "显示模型、系统提示和设置"),
     "clear": Command(_clear, "", "forget all messages", "清除所有消息"),
     "history": Command(_history, "", "show all messages", "显示所有消息"),
     "undo": Command(_undo, "", "take back the last question and its answer", "撤回上一个问题及其回答"),

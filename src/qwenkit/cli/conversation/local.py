@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,16 +25,26 @@ class Local:
     """The LLM behind `qwenkit chat`; a prompt is messages (through the model's template) or plain text."""
 
     def __init__(
-        self, llm: LLM, name: str, *, adapter: str | None = None, variables: Mapping[str, Any] | None = None
+        self,
+        llm: LLM,
+        name: str,
+        *,
+        adapter: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        """adapter: one that `llm` has loaded; variables: for the chat template, such as enable_thinking."""
+        """adapter: one that `llm` has loaded; variables: for the chat template, such as enable_thinking; defaults: fields of
+        SamplingParams that hold here where none is given, before the model's own."""
         self.llm = llm
         self.name = name
+        self._defaults = dict(defaults or {})
         self._adapter: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
         self._variables = dict(variables or {})
 
     def stream(self, prompt: str | Sequence[Mapping[str, str]], params: SamplingParams) -> Generator[Piece, None, None]:
         """See Talker. ValueError for a prompt that the template refuses or the context cannot hold."""
+        missing = {name: value for name, value in self._defaults.items() if getattr(params, name) is None}
+        params = replace(params, **missing)
         with _ctrl_c_kept() as pressed:
             variables = {} if isinstance(prompt, str) else self._variables
             deltas = cast("Generator[Delta, None, None]", self.llm.stream(prompt, params, **self._adapter, **variables))
@@ -45,7 +55,12 @@ class Local:
                         raise KeyboardInterrupt
 
     def defaults(self) -> Mapping[str, Any]:
-        return asdict(self.llm.default_params)
+        return asdict(self.llm.default_params) | self._defaults
+
+    def doing(self) -> str:
+        """What is being done before the first piece, for a spinner."""
+        progress = self.llm.prefill_progress
+        return "reading the prompt" if progress is None else "reading the prompt: {} of {} tokens".format(*progress)
 
 
 @contextmanager

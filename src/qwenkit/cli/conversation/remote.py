@@ -23,9 +23,10 @@ TIMEOUT = httpx.Timeout(60.0, connect=10.0, read=600.0)  # seconds; a server may
 
 
 class Remote:
-    """A model behind a URL. `model` is the server's name for it; without one the first that the server lists is taken.
+    """A model behind a URL. `model` is the server's name for it; without one the only one that the server lists is taken.
 
-    Raises ValueError for a URL or key that cannot be one, and when the server has to be asked for its models and fails.
+    Raises ValueError for a URL or key that cannot be one, and when the server has to be asked for its models and fails, or
+    lists several.
     """
 
     def __init__(self, url: str, model: str | None, key: str | None, *, timeout: httpx.Timeout = TIMEOUT) -> None:
@@ -38,7 +39,7 @@ class Remote:
         except (ImportError, httpx.InvalidURL, ValueError) as error:
             raise ValueError(f"the proxy settings of the environment cannot be used: {error}") from None
         try:
-            self.name = model or self._first_model()
+            self.name = model or self._only_model()
         except BaseException:
             self.close()
             raise
@@ -106,16 +107,20 @@ class Remote:
             raise ValueError(f"{self.base} sent an event of an unknown shape: {_short(data)}")
         return Piece(text, reasoning, 1 if text or reasoning else 0, reason or None), total
 
-    def _first_model(self) -> str:
+    def _only_model(self) -> str:
         with self._explained(), self._client.stream("GET", self._at("models")) as response:
             self._check(response)
             try:
-                name = json.loads(response.read())["data"][0]["id"]
+                names = [model["id"] for model in json.loads(response.read())["data"]]
             except (ValueError, LookupError, TypeError, RecursionError):
-                name = None
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"{self.base} lists no models: give the name of one as MODEL")
-        return name
+                names = []
+        names = [name for name in names if isinstance(name, str) and name]
+        if not names:
+            raise ValueError(f"{self.base} lists no models: name one with --model")
+        if len(names) > 1:
+            listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise ValueError(f"{self.base} has several models: choose one with --model ({listed})")
+        return str(names[0])
 
     def _at(self, path: str) -> httpx.URL:
         return self.base.copy_with(path=f"{self.base.path}/{path}")

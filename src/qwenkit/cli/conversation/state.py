@@ -14,8 +14,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwenkit.cli.options import flags_of, nearest
+from qwenkit.cli.options import flags_of
 from qwenkit.engine.sampling import SamplingParams
+from qwenkit.settings import nearest
 from qwenkit.storage import write_json
 
 # One answer at a time is shown as text: settings for several answers or for numbers beside them make no sense here.

@@ -20,7 +20,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 
 from qwenkit.cli.conversation.commands import COMMANDS, run_command
-from qwenkit.cli.conversation.screen import Meter, Screen, show_answer
+from qwenkit.cli.conversation.screen import Meter, Screen, doing_of, show_answer
 from qwenkit.cli.conversation.state import SETTINGS, Conversation, Piece
 from qwenkit.cli.errors import sentence
 
@@ -82,7 +82,7 @@ class Terminal:
         meter = Meter(asked=time.monotonic())
         stopped = False
         try:
-            show_answer(pieces, self.screen, meter)
+            show_answer(pieces, self.screen, meter, doing_of(self.conversation.talker))
         except KeyboardInterrupt:
             stopped = True
         self.screen.line(meter.summary(stopped=stopped), dim=True)
