@@ -1,4 +1,4 @@
-"""Values that users write, read the same way everywhere: sizes in bytes.
+"""What users write, read the same way everywhere: sizes in bytes, and names that are misspelt.
 
 In: the name of a field and what was given for it. Out: a number, or a ValueError with one sentence that names the field. One
 parser serves flags, YAML keys and Python arguments, so that `2G` means the same for memory and for files.
@@ -6,7 +6,9 @@ parser serves flags, YAML keys and Python arguments, so that `2G` means the same
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 
 _UNITS = {"B": 1} | {
@@ -34,3 +36,16 @@ def parse_size(field: str, given: object, *, unit: str = "B", example: str = "2G
             return size
     plain = "a number of bytes" if unit == "B" else f"a number of {unit}"
     raise ValueError(f"{field} is {given!r}, allowed is a size such as {example} (G means GiB), or {plain}")
+
+
+def near(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` is a slip of: three quarters of their letters are the same, in the same order."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    return found[0] if found else None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: which known one was probably meant, else all of them."""
+    known = list(known)
+    meant = near(name, known)
+    return f"known are {', '.join(known)}" if meant is None else f"did you mean {meant}?"

@@ -7,7 +7,9 @@ and how is `bench_measure`'s business.
 from __future__ import annotations
 
 import json
+import math
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
@@ -23,6 +25,9 @@ from tqdm import tqdm
 from qwenkit.cli.options import Verb, dataclass_options, given
 from qwenkit.engine.config import WEIGHTS, EngineConfig, option
 from qwenkit.eval.figure import check_figure, save_figure
+
+if TYPE_CHECKING:
+    from qwenkit.weights.checkpoint import Checkpoint
 
 Record = dict[str, Any]  # what --json prints
 
@@ -178,7 +183,7 @@ def measure(model: str, bench: BenchConfig, settings: Mapping[str, Any], *, curv
     size = measuring.measure_size(llm, bench)
     return {
         "model": model,
-        "weights": choose_weights(config, device),
+        "weights": weights_label(open_checkpoint(path), choose_weights(config, device)),
         "dtype": str(llm.model.model.norm.weight.dtype).removeprefix("torch."),
         "device": str(device),
         **{name: _short(value) for name, value in measuring.figures(speed, size, load_s, peak, limits).items()},
@@ -187,6 +192,20 @@ def measure(model: str, bench: BenchConfig, settings: Mapping[str, Any], *, curv
         "settings": asdict(config),
         **surroundings(),
     }
+
+
+def weights_label(checkpoint: Checkpoint, packing: str) -> str:
+    """How most of the weights lie in memory: the type of the file's own blocks where they are kept, else the packing."""
+    if packing != "bf16":
+        return packing
+    sizes: dict[str, int] = {}
+    for stored in checkpoint.tensors():
+        if len(stored.shape) == 2:
+            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + math.prod(stored.shape)
+    kind = max(sizes, key=lambda dtype: sizes[dtype], default=packing)
+    if codes := re.match(r"CODES(\d)", kind):
+        return f"int{codes[1]} of the file"
+    return packing if kind in ("F32", "F16", "BF16", "F64") else kind
 
 
 def _short(value: Any) -> Any:

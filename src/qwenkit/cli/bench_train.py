@@ -85,7 +85,7 @@ Examples:
 @click.option("--steps", default=3, show_default=True, help="Steps that count; figures are their medians.")
 @click.option("--warmup", default=1, show_default=True, help="Steps before them.")
 @click.option(
-    "--random", "is_random", is_flag=True, help="Draw weights; MODEL is a config.json or in recipes/sizes.yaml."
+    "--random", "is_random", is_flag=True, help="Draw weights; MODEL is a config.json or a released model of Qwen."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, with machine, versions and settings.")
 @click.option("--table", is_flag=True, help="Print markdown: a line for each method, a column for each length.")

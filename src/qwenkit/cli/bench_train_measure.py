@@ -103,6 +103,8 @@ def measure_row(source: Checkpoint | ModelConfig, config: TrainConfig, *, steps:
             raise
         return found | {"out_of_memory": True}
     seconds = median(each for each, _ in watch.steps[warmup:])
+    # What the run itself reached, the device can do.
+    peak = max(peak, *(flops / each for each, flops in watch.steps), watch.steps[-1][1] / seconds)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss() - before
     reserved = {"reserved_bytes": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {}
     return (

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from qwenkit.cli.options import Verb, dataclass_options, flags_of, given, nearest
+from qwenkit.cli.options import Verb, dataclass_options, flags_of, given
 from qwenkit.engine.config import EngineConfig
+from qwenkit.settings import nearest
 
 if TYPE_CHECKING:
     from qwenkit.engine.llm import LLM
@@ -66,7 +67,7 @@ class Text:
 Examples:
   qwenkit eval perplexity smollm2 --data wiki.test.raw
   qwenkit eval perplexity smollm2 --data wiki.test.raw --limit 10 --kv-cache-dtype int8 --json
-  qwenkit eval perplexity smollm2 --data wiki.test.raw --limit 10 --report weights=int4 --report quality.png""",
+  qwenkit eval perplexity smollm2 --data wiki.test.raw --limit 10 --report weights=int4 --plot quality.png""",
 )
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A text to foresee.")
@@ -77,9 +78,10 @@ Examples:
 @click.option(
     "--report",
     multiple=True,
-    metavar="OTHER|FILE.png",
-    help="Compare MODEL with another (a model, or settings such as weights=int4,kv_cache_dtype=int8); as a picture too.",
+    metavar="OTHER",
+    help="Compare MODEL with another: a model, or settings such as weights=int4,kv_cache_dtype=int8.",
 )
+@click.option("--plot", metavar="FILE.png", help="Draw the comparison: quality against memory, and speed.")
 @dataclass_options(EngineConfig, "Running the model", exclude=NOT_A_FLAG)
 def perplexity(
     model: str,
@@ -89,6 +91,7 @@ def perplexity(
     stride: int | None,
     as_json: bool,
     report: tuple[str, ...],
+    plot: str | None,
     **values: Any,
 ) -> None:
     """Measure MODEL's perplexity on the text of a file: e to the mean negative log-likelihood of its tokens.
@@ -99,19 +102,21 @@ def perplexity(
                 wikitext-2-raw-v1 has their lines, joined like that
     windows     of --context tokens; the first token of each is only read. Disjoint ones, and 2048, are the protocol of
                 published wikitext-2 figures; with --stride tokens after the first window have more context
-    --report    repeated: MODEL as the flags say is compared with each; --report FILE.png alone compares --weights
-                int8 and int4, and --kv-cache-dtype int8 and int4. KL is the mean divergence from MODEL's distribution
+    --report    repeated: MODEL as the flags say is compared with each; --plot alone compares --weights int8 and
+                int4, and --kv-cache-dtype int8 and int4. KL is the mean divergence from MODEL's distribution
 
     The text is read through the key/value cache, so that --kv-cache-dtype counts. Speeds are of this machine, busy as it is.
     """
     settings = given(EngineConfig, values)
     EngineConfig(**settings)
-    others, plot = _others(report)
+    if plot is not None and not plot.lower().endswith(".png"):
+        raise ValueError(f"plot is {plot!r}, allowed is a file name that ends in .png")
+    others, picture = _others(report if plot is None else (*report, plot))
     from qwenkit.eval.figure import check_figure
     from qwenkit.eval.perplexity import encode, read_data, windows_of
 
-    if plot is not None:
-        check_figure("report", plot)
+    if picture is not None:
+        check_figure("plot", picture)
     windows_of([0, 0], context, stride, limit)  # raises for flags out of range before a model is loaded
     documents = read_data(data)
     llm = _open(model, settings, context)
@@ -119,17 +124,17 @@ def perplexity(
     text = llm.tokenizer.decode(ids, skip_special=False)
     cut = Text(ids, context, stride, limit)
     entries: list[Entry] = []
-    if report:
+    if report or plot is not None:
         entries, result = _report(llm, model, settings, others, cut, text)
     else:
         result = _measure(llm, cut)
     record = _record(model, data, cut, result, llm)
     if entries:
         record["report"] = [asdict(entry) for entry in entries]
-    if plot is not None:
+    if picture is not None:
         from qwenkit.eval.report import draw
 
-        draw(entries, f"{model}, {data.name}, {result.windows} windows of {context} tokens", plot)
+        draw(entries, f"{model}, {data.name}, {result.windows} windows of {context} tokens", picture)
     click.echo(json.dumps(record, ensure_ascii=False) if as_json else _as_text(record, entries))
 
 
@@ -137,7 +142,7 @@ def _others(report: tuple[str, ...]) -> tuple[list[str], Path | None]:
     """The variants and the picture that --report names."""
     plots = [Path(name) for name in report if name.lower().endswith(".png")]
     if len(plots) > 1:
-        raise ValueError(f"report names {len(plots)} .png files, allowed is one")
+        raise ValueError(f"plot names {len(plots)} .png files, allowed is one")
     others = [name for name in report if not name.lower().endswith(".png")]
     for other in others:
         parse_variant(other)

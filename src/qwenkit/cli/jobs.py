@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwenkit.cli.options import flags_of, nearest
+from qwenkit.cli.options import flags_of
 from qwenkit.engine.grammar import Grammar
 from qwenkit.engine.sampling import SamplingParams
+from qwenkit.settings import nearest
 
 SAMPLING = flags_of(SamplingParams)
 FIELDS = ("prompt", "messages", "id", "tools", "grammar", "grammar_after", *SAMPLING)

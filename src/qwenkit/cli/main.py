@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from qwenkit.cli.errors import UserError, sentence
-from qwenkit.cli.options import nearest
+from qwenkit.settings import near, nearest
 
 # verb -> what `qwenkit --help` says of it. The module of that name in this folder is imported only when the verb is used.
 VERBS = {
@@ -66,6 +66,10 @@ class Verbs(click.Group):
         except KeyboardInterrupt:
             click.echo(err=True)
             ctx.exit(130)
+        except click.NoSuchOption as error:
+            meant = near(error.option_name, error.possibilities or ())
+            possibilities = [] if meant is None else [meant]
+            raise click.NoSuchOption(error.option_name, possibilities=possibilities, ctx=error.ctx) from None
         except (ValueError, OSError) as error:
             if ctx.params["debug"] or (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 raise

@@ -7,7 +7,6 @@ business; here a value only gets its type.
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -174,10 +173,3 @@ def given(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
         for flag in flags_of(cls).values()
         if values.get(flag.name) not in (None, ())
     }
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error sentence about an unknown name: which known one was probably meant, else all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

@@ -16,6 +16,7 @@ import click
 from qwenkit.cli.options import Verb, dataclass_options, given
 from qwenkit.compat.verbs import is_settings_file, read_inference
 from qwenkit.engine.config import EngineConfig
+from qwenkit.installation import install_extra
 from qwenkit.serve.config import ServeConfig
 
 
@@ -53,7 +54,7 @@ def serve(model: str, **values: Any) -> None:
     try:
         from qwenkit.serve.process import run
     except ModuleNotFoundError as error:
-        raise ValueError(f"serve needs the extra serve: pip install 'qwenkit[serve]' ({error})") from None
+        raise ValueError(f"serve needs the extra serve: {install_extra('serve')} ({error})") from None
     ended = run(model, engine_config, config, click.echo, template=template, progress=sys.stderr.isatty())
     if ended == signal.SIGINT:
         raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from qwenkit.compat.mindformers import refuse_mindformers
 from qwenkit.compat.sources import fill_variables
 from qwenkit.compat.table import TABLE
 from qwenkit.compat.values import TEMPLATES
-from qwenkit.train.config import nearest
+from qwenkit.settings import nearest
 from qwenkit.train.settings_file import read_settings
 
 EXPORT_KEYS = {

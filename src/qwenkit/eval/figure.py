@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwenkit.installation import install_extra
 from qwenkit.storage import new_file
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def check_figure(setting: str, path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{setting} is {str(path)!r}, but there is no folder {str(path.parent)!r}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"{setting} as .png needs matplotlib: pip install 'qwenkit[plot]'")
+        raise ValueError(f"{setting} as .png needs matplotlib: {install_extra('plot')}")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -8,7 +8,6 @@ take 0.2 s and 20 MB, which whoever opens a folder can do without.
 
 from __future__ import annotations
 
-import difflib
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from types import ModuleType
 from qwenkit.files import has_file
 from qwenkit.hub import smollm2
 from qwenkit.hub.verify import KnownFile, verify_folder
+from qwenkit.settings import near
 from qwenkit.storage import new_file
 
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}"
@@ -143,8 +143,8 @@ def _parse(name: str) -> _Repo:
     match = re.fullmatch(rf"(?:(hf|ms):)?({_PART}/{_PART})(?::({_PART}))?", name, re.ASCII)
     if match:
         return _Repo(match[1] == "ms", match[2], match[3])
-    near = difflib.get_close_matches(name.lower(), [smollm2.ALIAS], cutoff=0.6)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    meant = near(name.lower(), [smollm2.ALIAS])
+    hint = "" if meant is None else f" (did you mean {meant}?)"
     raise ValueError(f"{name!r} names no model{hint}: a model is named by {_FORMS}")
 
 

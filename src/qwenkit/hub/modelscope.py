@@ -13,6 +13,7 @@ from typing import Any
 
 from qwenkit.hub.fetch import Download, cached_in, choose_files, copy_without_hub, fetch, write_sums
 from qwenkit.hub.verify import KnownFile
+from qwenkit.installation import install_extra
 
 
 def find_cached(name: str, revision: str | None, quant: str | None = None) -> Path | None:
@@ -91,7 +92,7 @@ def _client(name: str) -> Any:
     try:
         from modelscope_hub import HubApi, HubConfig
     except ImportError:
-        raise ValueError(f"ms:{name} needs the ModelScope client: pip install 'qwenkit[modelscope]'") from None
+        raise ValueError(f"ms:{name} needs the ModelScope client: {install_extra('modelscope')}") from None
     return HubApi(config=HubConfig())  # a new one: the shared one keeps the environment of its first use
 
 
