@@ -19,6 +19,7 @@ PACKAGE = ROOT / "src" / "qwenkit"
 FLOORS = {
     "errors": -1,
     "files": 0,
+    "installation": 0,
     "settings": 0,
     "storage": 0,
     "text": 1,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qwenkit.engine.config import EngineConfig
 from qwenkit.serve.config import ServeConfig
-from qwenkit.settings import parse_size
+from qwenkit.settings import nearest, parse_size
 from tests.conftest import ROOT
 
 UNITS = {
@@ -89,3 +89,17 @@ def test_there_is_one_parser() -> None:
     files = (ROOT / "src" / "qwenkit").rglob("*.py")
     found = [path.name for path in files if re.search(r"1024\s*\*\*\s*power|\"IB\"|'IB'", path.read_text("utf-8"))]
     assert found == [Path("settings.py").name]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("serv", "did you mean serve?"),
+        ("tarin", "did you mean train?"),
+        ("x", "known are serve, train, eval"),
+        ("bench", "known are serve, train, eval"),
+        ("learning", "known are serve, train, eval"),
+    ],
+)
+def test_only_what_is_near_is_suggested(name: str, said: str) -> None:
+    assert nearest(name, ["serve", "train", "eval"]) == said
