@@ -252,3 +252,19 @@ def test_ctrl_c_leaves_quietly(runner: CliRunner, folder: Path, monkeypatch: pyt
     monkeypatch.setattr(measuring, "measure_speed", lambda *arguments: _interrupt())
     result = invoke(runner, str(folder), *FLAGS)
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "packing", "label"),
+    [
+        ({"a": "Q4_1", "b": "Q4_1", "c": "F32"}, "bf16", "Q4_1"),
+        ({"a": "BF16", "b": "BF16"}, "bf16", "bf16"),
+        ({"a": "CODES4G128", "b": "CODES4G128"}, "bf16", "int4 of the file"),
+        ({"a": "Q4_1"}, "int8", "int8"),
+        ({"a": "Q4_1"}, "float", "float"),
+    ],
+)
+def test_what_was_measured_is_named(dtypes: dict[str, str], packing: str, label: str) -> None:
+    stored = [SimpleNamespace(name=name, shape=(8, 8), dtype=dtype) for name, dtype in dtypes.items()]
+    checkpoint: Any = SimpleNamespace(tensors=lambda: stored)
+    assert command.weights_label(checkpoint, packing) == label

@@ -147,3 +147,11 @@ def test_what_is_refused(
     result = runner.invoke(cli, ["bench", "train", name, *words])
     assert result.exit_code == 2
     assert sentence in result.output
+
+
+def test_no_share_of_the_peak_is_more_than_all_of_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that is measured too low: what the run reached is more, and is the peak then."""
+    monkeypatch.setattr(bench_train_measure, "peak_flops", lambda device, dtype: 1.0)
+    config = TrainConfig(device="cpu", cutoff_len=8, per_device_train_batch_size=1, save_steps=None)
+    found = bench_train_measure.measure_row(open_checkpoint(model), config, steps=2, warmup=1)
+    assert 0 < found["mfu"] <= 1

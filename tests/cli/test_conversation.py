@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from qwenkit.cli.conversation.commands import COMMANDS, help_text, parse_settings, run_command, speaks_chinese
 from qwenkit.cli.conversation.local import Local
 from qwenkit.cli.conversation.state import SETTINGS, Conversation, Message, Piece
+from qwenkit.engine.sampling import SamplingParams
+from qwenkit.hub.smollm2 import CHAT_DEFAULTS
 from tests.cli.conftest import FakeLLM
 
 
@@ -312,3 +314,23 @@ def test_the_first_ctrl_c_waits_for_the_engine_and_the_second_does_not() -> None
         say(conversation, "d")
     assert len(conversation.messages) == 2
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_show_tells_what_most_decides_an_answer() -> None:
+    llm: Any = FakeLLM("tiny")
+    local = Local(llm, "tiny", defaults=CHAT_DEFAULTS)
+    conversation = Conversation(local, "Be brief.", {"seed": 4, "top_p": 0.5})
+    shown = run_command(conversation, "/show").show
+    assert "tiny" in shown
+    assert "Be brief." in shown
+    values = dict(line.split(maxsplit=1) for line in shown.splitlines()[2:])
+    assert values["temperature"] == "0.2 (default)"
+    assert values["max_tokens"] == "1024 (default)"
+    assert (values["top_p"], values["seed"]) == ("0.5", "4")
+
+
+def test_own_defaults_hold_where_nothing_is_said() -> None:
+    llm: Any = FakeLLM("tiny")
+    list(Local(llm, "tiny", defaults=CHAT_DEFAULTS).stream("a b", SamplingParams(temperature=0.0)))
+    asked = llm.asked[0][1]
+    assert (asked.temperature, asked.top_p, asked.repetition_penalty, asked.max_tokens) == (0.0, 0.9, 1.1, 1024)

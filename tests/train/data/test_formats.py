@@ -325,3 +325,14 @@ def test_nulls_of_tables_only() -> None:
 @pytest.mark.parametrize("tools", [" ", "null", "[]", "", [], None])
 def test_no_tools(tools: Any) -> None:
     assert read({"messages": [QUESTION, YES], "tools": tools}).tools is None
+
+
+def test_a_data_set_comes_with_qwenkit(tmp_path: Path, write: Write) -> None:
+    (source,) = find_sources(["identity"], tmp_path)
+    records = json.loads(source.files[0].read_text(encoding="utf-8"))
+    assert len(records) >= 40
+    assert all("{{name}}" in record["output"] or "{{author}}" in record["output"] for record in records)
+    write("dataset_info.json", {"identity": {"file_name": "own.json"}})
+    write("own.json", [])
+    (own,) = find_sources(["identity"], tmp_path)
+    assert own.files == (tmp_path / "own.json",)

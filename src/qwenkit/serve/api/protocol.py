@@ -181,6 +181,15 @@ class ToolCall(RequestModel):
     id: Text | None = None
     function: CalledFunction = CalledFunction()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _custom(cls, value: Any) -> Any:
+        """A call of a custom tool, which another server offered: its text is shown, too."""
+        custom = value.get("custom") if isinstance(value, dict) else None
+        if not isinstance(custom, dict) or value.get("function") is not None:
+            return value
+        return {**value, "function": {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}}
+
 
 class Message(RequestModel):
     """One message of a conversation, in any role. Fields of answers are taken back as they were given out."""
