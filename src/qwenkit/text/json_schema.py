@@ -21,8 +21,8 @@ _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentS
 # Beside one of these an object's fields are not all in its `properties`.
 _APPLIED = ("allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if", "then", "else", "dependentSchemas")
 _REFUSED = ("extends", "disallow", "$recursiveRef")  # words of older drafts that llguidance does not know
-# Formats that llguidance enforces; a pattern that it has no way to read beside one of them says the same again.
-_FORMATS = ("email", "uuid", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uri")
+# Patterns beside "format": "email" in schemas made by zod, which say the same, in the form of `_plain_pattern`.
+_PATTERNS_OF_EMAIL = ("^(?!.)(?!.*..)([a-z0-9_.+-]*)[a-z0-9_+-]@([a-z0-9][a-z0-9-]*.)+[a-z]{2,}$",)
 
 
 def for_grammar(source: str) -> str:
@@ -152,8 +152,14 @@ def _older_words(schema: dict[str, Any]) -> None:
     if "divisibleBy" in schema:
         schema.setdefault("multipleOf", schema.pop("divisibleBy"))
     pattern = schema.get("pattern")
-    if isinstance(pattern, str) and schema.get("format") in _FORMATS and "(?" in pattern.replace("(?:", ""):
+    if isinstance(pattern, str) and schema.get("format") == "email" and _plain_pattern(pattern) in _PATTERNS_OF_EMAIL:
         del schema["pattern"]
+
+
+def _plain_pattern(pattern: str) -> str:
+    """A pattern in a form in which spellings of the same one are equal; not to be matched with."""
+    plain = pattern.replace("\\", "").replace("A-Za-z", "a-z").replace("'", "")
+    return plain.replace("_+-.", "_.+-")
 
 
 def _close(schema: dict[str, Any]) -> None:

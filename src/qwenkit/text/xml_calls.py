@@ -5,6 +5,7 @@ types that the schema gives them (the model writes them bare), or a verdict that
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -115,7 +116,8 @@ def _typed(value: str, kind: str) -> str | None:
     if kind == "boolean":
         return text.lower() if text.lower() in ("true", "false") else None
     if kind in ("integer", "number"):
-        return text if (_INTEGER if kind == "integer" else _NUMBER).fullmatch(text) else None
+        is_number = (_INTEGER if kind == "integer" else _NUMBER).fullmatch(text) is not None
+        return text if is_number and (kind == "integer" or math.isfinite(float(text))) else None
     return checked_json(text, list if kind == "array" else dict)
 
 
