@@ -8,9 +8,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from qwenkit.cli.options import Verb, dataclass_options, flags_of, given, nearest
+from qwenkit.cli.options import Verb, dataclass_options, flags_of, given
 from qwenkit.engine.config import EngineConfig
 from qwenkit.engine.sampling import SamplingParams
+from qwenkit.settings import nearest
 
 
 @dataclass(frozen=True)
