@@ -41,7 +41,7 @@ INSTEAD = {
 }
 CONVERSATIONS = ("qwenkit chat", "qwenkit chat Qwen/Qwen2.5-0.5B-Instruct")  # need a terminal
 SERVER = "qwenkit serve"  # runs until it is told to stop
-PATIENCE = 60.0
+PATIENCE = 240.0  # seconds; only a command that hangs takes them
 
 
 def commands(name: str) -> list[str]:
