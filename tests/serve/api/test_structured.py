@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
@@ -13,9 +14,12 @@ import pydantic
 import pytest
 
 from qwenkit.engine.engine import Engine
+from qwenkit.engine.grammar import Grammar
 from qwenkit.engine.llm import LLM
 from qwenkit.engine.matcher import Matcher
 from qwenkit.engine.sampling import SamplingParams
+from qwenkit.serve.api.structured import check_compiles
+from qwenkit.serve.errors import ApiError
 from qwenkit.serve.server import Server
 from qwenkit.text.chat import JinjaChat
 from qwenkit.text.tokenizer import Tokenizer
@@ -295,3 +299,23 @@ def test_expensive_grammars_of_one_key_keep_no_other_key_waiting(
         for thread in bombs:
             thread.join(30)
         assert set(refused) == {"guided_json"}
+
+
+def test_a_refusal_names_a_part_for_no_longer_than_one_grammar_may_take() -> None:
+    """However many tools a request has: each of their schemas may take as long as the whole."""
+    tried = []
+
+    class SlowCompiler:
+        timeout = 0.05
+
+        async def check_async(self, grammar: Grammar, owner: str) -> None:
+            tried.append(grammar)
+            await asyncio.sleep(0.03)
+            if len(tried) == 1:
+                raise ValueError("grammar cannot be used")
+
+    parts = [(f"tool {number}", Grammar("json_schema", "{}")) for number in range(100)]
+    compiler: Any = SlowCompiler()
+    with pytest.raises(ApiError, match="tools: grammar cannot be used"):
+        asyncio.run(check_compiles(compiler, Grammar("json_schema", "{}"), "tools", lambda: parts))
+    assert len(tried) < 10

@@ -22,7 +22,7 @@ from qwenkit.engine.sampling import SamplingParams
 from qwenkit.serve.api.conversation import ToolUse, plain_messages, tool_use
 from qwenkit.serve.api.prompt import answer_room, off_loop, render, template_variables
 from qwenkit.serve.api.protocol import ChatRequest, GenerationRequest
-from qwenkit.serve.api.structured import among, bad_grammar, check_compiles, checked, grammar_of
+from qwenkit.serve.api.structured import GrammarParts, among, bad_grammar, check_compiles, checked, grammar_of
 from qwenkit.serve.caller import caller
 from qwenkit.serve.errors import ApiError, client_gone
 from qwenkit.serve.server import Server
@@ -42,7 +42,7 @@ class Prepared:
     tools: ToolUse = field(default_factory=ToolUse)
     cache_namespace: str | None = None
     grammar_field: str = ""  # where the request says what shape the answer must have
-    grammar_parts: tuple[tuple[str, Grammar], ...] = ()  # what that is made from, each with what to call it
+    grammar_parts: GrammarParts = tuple  # what that is made from, asked for only where it does not compile
 
 
 async def prepare(
@@ -104,12 +104,12 @@ def prepare_chat(server: Server, request: ChatRequest, *, clip: bool = False) ->
             definitions=tools.tools,
             whole=not request.stream,
         )
-    name, parts = adapter or server.model_name, grammar_parts(request, tools) if grammar is not None else ()
+    name, parts = adapter or server.model_name, partial(grammar_parts, request, tools)
     return Prepared(ids, params, parser, adapter, name, tools, namespace_of(request), where, parts)
 
 
 def grammar_parts(request: ChatRequest, tools: ToolUse) -> tuple[tuple[str, Grammar], ...]:
-    """What the grammar of an answer is made from: the schema asked for, and those of the tools that it lets the model call."""
+    """The schemas in the grammar of an answer, each with its name: the one asked for, and those of the tools it may call."""
     asked = None if tools.forced else grammar_of(request)
     parts = [] if asked is None else [("", asked[0])]
     try:

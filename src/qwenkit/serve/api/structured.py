@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from qwenkit.text.json_schema import for_grammar
 from qwenkit.text.tokenizer import Tokenizer
 
 RETRY_AFTER = "5"  # seconds
+GrammarParts = Callable[[], Sequence[tuple[str, Grammar]]]
+"""The schemas that a grammar is made from, each with its name in errors."""
 
 
 def grammar_of(request: GenerationRequest) -> tuple[Grammar, str] | None:
@@ -98,19 +101,19 @@ def bad_grammar(field: str, error: ValueError) -> ApiError:
     return ApiError(400, f"{field}: {error}", param=field, code="invalid_grammar")
 
 
-async def check_compiles(
-    compiler: GrammarCompiler, grammar: Grammar, field: str, parts: Sequence[tuple[str, Grammar]] = ()
-) -> None:
+async def check_compiles(compiler: GrammarCompiler, grammar: Grammar, field: str, parts: GrammarParts = tuple) -> None:
     """Compile a grammar on trial, in the turn of the caller of the running task.
 
-    parts: what the grammar is made from, each with what to call it, so that a refusal names the one that is at fault.
+    parts: compiled one by one where the whole is refused, to name the one at fault, for no longer than one grammar may take.
     Raises ApiError: 400 for one that cannot be used, 429 where too many grammars of the same caller wait.
     """
     try:
         await _compile(compiler, grammar, field)
     except ValueError as error:
-        wrong = error
-        for name, part in parts:
+        wrong, deadline = error, time.monotonic() + compiler.timeout
+        for name, part in parts():
+            if time.monotonic() > deadline:
+                break
             try:
                 await _compile(compiler, part, field)
             except ValueError as reason:
