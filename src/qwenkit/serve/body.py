@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -120,9 +120,9 @@ class LeftOut:
         """Note a field by its name or dotted path."""
         self._names.add(re.sub(r"[^\x21-\x2b\x2d-\x7e]", "?", name[:MAX_NAME]))
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
-        """The first MAX_UNKNOWN names, fit for a header."""
+        """The first MAX_UNKNOWN names, fit for a header. Sorted once, by whoever parses the body, after the last `add`."""
         return sorted(self._names)[:MAX_UNKNOWN]
 
     def header(self) -> str:
@@ -133,12 +133,8 @@ class LeftOut:
         """Raises ApiError 400, naming what was left out, under --strict."""
         names = self.names
         if self._strict and names:
-            raise ApiError(
-                400,
-                f"unknown field{'s' * (len(names) > 1)}: {', '.join(names)}",
-                param=names[0],
-                code="unknown_parameter",
-            )
+            sentence = f"unknown field{'s' * (len(names) > 1)}: {', '.join(names)}"
+            raise ApiError(400, sentence, param=names[0], code="unknown_parameter")
 
 
 def whole(value: Any) -> Any:
